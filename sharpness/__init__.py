@@ -1,0 +1,73 @@
+"""Measure how sharp or flat the minimum of a trained PyTorch model is.
+
+Three doors lead into one corridor. The one-line function::
+
+    sharpness.top_eigenvalues(model, loader, k=5)        metrics/eigenvalues.py
+      -> Objective(model, loader)                        objective/   model, loss and data as one function
+      -> HessianOperator(objective)                      operators/   a symmetric linear operator
+      -> linalg.lanczos(operator, k=5)                   linalg/      vectors and products, no networks
+      -> operator.matvec(v) -> objective.hvp(v)
+
+an operator and an algorithm of your choice; and `linalg.lanczos` on any symmetric product. All run the same code.
+"""
+
+from sharpness import datasets, errors, linalg, plotting, results
+from sharpness._version import __version__
+from sharpness.comparison import compare, compare_batch_sizes, interpolate
+from sharpness.errors import (
+    ArgumentError,
+    ConvergenceError,
+    ConvergenceWarning,
+    DataError,
+    DeterminismWarning,
+    ModelError,
+    NonFiniteError,
+    PrecisionWarning,
+    SharpnessError,
+    SharpnessWarning,
+    StateWarning,
+)
+from sharpness.metrics import epsilon_sharpness, top_eigenvalues
+from sharpness.objective import Objective
+from sharpness.operators import HessianOperator
+from sharpness.results import (
+    Comparison,
+    ComparisonRow,
+    EigenResult,
+    EpsilonSharpnessResult,
+    InterpolationResult,
+    Spread,
+)
+
+__all__ = [
+    "ArgumentError",
+    "Comparison",
+    "ComparisonRow",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "DataError",
+    "DeterminismWarning",
+    "EigenResult",
+    "EpsilonSharpnessResult",
+    "HessianOperator",
+    "InterpolationResult",
+    "ModelError",
+    "NonFiniteError",
+    "Objective",
+    "PrecisionWarning",
+    "SharpnessError",
+    "SharpnessWarning",
+    "Spread",
+    "StateWarning",
+    "__version__",
+    "compare",
+    "compare_batch_sizes",
+    "datasets",
+    "epsilon_sharpness",
+    "errors",
+    "interpolate",
+    "linalg",
+    "plotting",
+    "results",
+    "top_eigenvalues",
+]

@@ -1,0 +1,16 @@
+"""Vectors and products: algorithms for any symmetric operator, which have never heard of a network."""
+
+from sharpness.linalg.dense import dense
+from sharpness.linalg.lanczos import lanczos
+from sharpness.linalg.operator import DeflatedOperator, DenseOperator, FunctionOperator, LinearOperator
+from sharpness.linalg.power import power_iteration
+
+__all__ = [
+    "DeflatedOperator",
+    "DenseOperator",
+    "FunctionOperator",
+    "LinearOperator",
+    "dense",
+    "lanczos",
+    "power_iteration",
+]

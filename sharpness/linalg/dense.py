@@ -1,0 +1,103 @@
+"""All eigenvalues by forming the matrix: exact, for small operators."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from sharpness._checks import check_choice, check_count, check_flag, check_positive
+from sharpness.errors import ArgumentError, NonFiniteError
+from sharpness.linalg.answer import OnFailure, answer, check_on_failure
+from sharpness.linalg.krylov import ROUNDING
+from sharpness.linalg.operator import LinearOperator
+from sharpness.linalg.which import WHICH, Which, select
+from sharpness.results import EigenResult
+
+_LIMIT = 2 * 1024**3  # bytes of the matrix and its eigenvectors that are formed without being asked
+
+
+def dense(
+    operator: LinearOperator,
+    k: int = 1,
+    *,
+    which: Which = "largest",
+    tol: float = 1e-3,
+    num_matvecs: int | None = None,
+    vectors: bool = False,
+    memory: int | None = None,
+    on_failure: OnFailure = "warn",
+) -> EigenResult:
+    """Compute ``k`` eigenvalues from the whole matrix, formed by ``n`` products.
+
+    Use it as the ground truth for small models: it misses nothing, multiplicities included.
+
+    Args:
+        operator: Symmetric operator of size ``n``.
+        k: Number of wanted eigenvalues, ``1 <= k <= n``.
+        which: As in :func:`lanczos`.
+        tol: Relative tolerance, as in :func:`lanczos`; met unless rounding prevents it.
+        num_matvecs: Products that may be spent; must allow ``n``.
+        vectors: Also return the eigenvectors.
+        memory: Bytes that may be used; ``None`` allows 2 GiB.
+        on_failure: ``"warn"``, ``"raise"`` or ``"ignore"``.
+
+    Returns:
+        Eigenvalues, residuals and intervals.
+
+    Raises:
+        ArgumentError: If the matrix would not fit, or an option cannot be accepted.
+        NonFiniteError: If a product holds NaN or infinity.
+        ConvergenceError: If the tolerance is not met and ``on_failure="raise"``.
+
+    Cost: ``n`` products, ``O(n^3)`` operations, ``24 n^2`` bytes.
+    """
+    n = operator.n
+    check_count("k", k, high=n, of="the dimension of the operator")
+    check_choice("which", which, WHICH)
+    check_positive("tol", tol)
+    check_flag("vectors", vectors)
+    check_on_failure(on_failure)
+    needed, limit = 24 * n * n, _LIMIT if memory is None else memory
+    if needed > limit:
+        raise ArgumentError(
+            f'method="dense" would need {needed / 2**30:.1f} GiB for the {n} x {n} matrix, {limit / 2**30:.1f} GiB '
+            f'are allowed. Use method="lanczos", or pass memory={needed} if the machine has that much.'
+        )
+    if num_matvecs is not None and check_count("num_matvecs", num_matvecs) < n:
+        raise ArgumentError(
+            f'method="dense" spends {n} products, num_matvecs={num_matvecs} allows fewer. '
+            f'Leave num_matvecs out, or use method="lanczos".'
+        )
+    started = time.perf_counter()
+    matrix = operator.to_dense().double().cpu()
+    if not bool(torch.isfinite(matrix).all()):
+        raise NonFiniteError(
+            "a product of the operator holds NaN or infinity. Check the loss and the weights for overflow."
+        )
+    symmetric = (matrix + matrix.T) / 2
+    theta, rows = torch.linalg.eigh(symmetric)
+    scale = theta.abs().max().item()
+    asymmetry = torch.linalg.matrix_norm(matrix - symmetric).item()
+    rounding = ROUNDING * torch.finfo(operator.dtype).eps * scale + asymmetry
+    bounds = torch.linalg.vector_norm(matrix @ rows - rows * theta, dim=0).numpy() + rounding
+    values = theta.numpy()
+    chosen = select(values, which, k)
+    good = (bounds <= tol * np.abs(values)) | (bounds <= 2 * rounding)
+    kept = rows.T[torch.as_tensor(chosen.copy())].to(dtype=operator.dtype, device=operator.device)
+    return answer(
+        operator=operator,
+        theta=values,
+        residuals=bounds,
+        wanted=chosen,
+        rounding=rounding,
+        converged=bool(np.all(good[chosen])),
+        tol=tol,
+        num_matvecs=n,
+        eigenvectors=kept if vectors else None,
+        settings={"method": "dense", "which": which, "k": k, "tol": tol},
+        started=started,
+        on_failure=on_failure,
+        hint="Rounding limits these eigenvalues; use a float64 model.",
+    )

@@ -1,0 +1,175 @@
+"""Symmetric linear operators: something that multiplies a vector, and its size.
+
+Algorithms see ``matvec``, ``shape``, ``dtype`` and ``device`` only; whether a network, a matrix or a
+function stands behind them is not their business. A new operator supplies ``_matvec`` and its size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, final
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator as ScipyOperator
+from torch import Tensor
+
+from sharpness._checks import check_count
+from sharpness.errors import ArgumentError
+
+
+class LinearOperator(ABC):
+    """A symmetric ``n x n`` operator known by its products.
+
+    Args:
+        n: Dimension.
+        dtype: Dtype of the vectors, float32 or float64.
+        device: Where the vectors live.
+    """
+
+    def __init__(self, n: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        if dtype not in (torch.float32, torch.float64):
+            raise ArgumentError(f"`dtype` must be torch.float32 or torch.float64, got {dtype}.")
+        self.n = check_count("n", n)
+        self.dtype = dtype
+        self.device = torch.device(device)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return ``(n, n)``."""
+        return (self.n, self.n)
+
+    @abstractmethod
+    def _matvec(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
+        """Multiply one vector whose shape, dtype and device were checked."""
+
+    def matvec(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
+        """Return the product of the operator with the vector ``v``, ``(n,) -> (n,)``.
+
+        Raises:
+            ArgumentError: If ``v`` has another shape, dtype or device than the operator.
+        """
+        self._check(v, dims=1)
+        product = self._matvec(v)
+        if product.shape != v.shape or product.dtype != v.dtype:
+            raise ArgumentError(
+                f"the operator's product has shape {tuple(product.shape)} and {product.dtype}; it must have "
+                f"{tuple(v.shape)} and {v.dtype} like the vector. Mend the matvec function."
+            )
+        return product
+
+    def matmat(self, V: Tensor) -> Tensor:  # (n, m) -> (n, m)
+        """Return the product of the operator with each column of ``V``, ``(n, m) -> (n, m)``.
+
+        Raises:
+            ArgumentError: If ``V`` has another shape, dtype or device than the operator.
+        """
+        self._check(V, dims=2)
+        return torch.stack([self.matvec(column) for column in V.unbind(1)], dim=1) if V.shape[1] else V.clone()
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """Return ``matvec`` of a vector or ``matmat`` of a matrix."""
+        return self.matmat(other) if other.ndim == 2 else self.matvec(other)
+
+    def to_dense(self) -> Tensor:
+        """Return the ``(n, n)`` matrix, by ``n`` products."""
+        return self.matmat(torch.eye(self.n, dtype=self.dtype, device=self.device))
+
+    def to_scipy(self) -> ScipyOperator:
+        """Return the operator as SciPy's ``LinearOperator``, for ``eigsh`` and the like."""
+        kind = {torch.float32: np.float32, torch.float64: np.float64}[self.dtype]
+
+        def matvec(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            v = torch.as_tensor(np.asarray(x).reshape(-1).copy(), dtype=self.dtype, device=self.device)
+            product: np.ndarray[Any, Any] = self.matvec(v).cpu().numpy()
+            return product
+
+        return ScipyOperator(self.shape, matvec=matvec, rmatvec=matvec, dtype=kind)
+
+    def _check(self, v: Any, *, dims: int) -> None:
+        wanted = f"{'a vector' if dims == 1 else 'a matrix'} of {self.n} {'entries' if dims == 1 else 'rows'}"
+        if not isinstance(v, Tensor) or v.ndim != dims or v.shape[0] != self.n:
+            got = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+            raise ArgumentError(f"the operator multiplies {wanted}, got {got}.")
+        if v.dtype != self.dtype or v.device != self.device:
+            raise ArgumentError(
+                f"the operator multiplies {self.dtype} vectors on {self.device}, got {v.dtype} on {v.device}. "
+                f"Convert with v.to(dtype={self.dtype}, device={str(self.device)!r})."
+            )
+
+
+@final
+class DenseOperator(LinearOperator):
+    """The operator of a symmetric matrix.
+
+    Args:
+        matrix: ``(n, n)`` symmetric, a tensor or nested lists.
+
+    Example:
+        >>> DenseOperator([[2.0, 1.0], [1.0, 3.0]]).n
+        2
+    """
+
+    def __init__(self, matrix: Any) -> None:
+        self.matrix = torch.as_tensor(matrix)
+        if self.matrix.ndim != 2 or self.matrix.shape[0] != self.matrix.shape[1]:
+            raise ArgumentError(f"`matrix` must be square, got shape {tuple(self.matrix.shape)}.")
+        if not torch.allclose(self.matrix, self.matrix.T, rtol=1e-5):
+            raise ArgumentError("`matrix` must be symmetric. Pass (matrix + matrix.T) / 2 if that is what you mean.")
+        super().__init__(self.matrix.shape[0], dtype=self.matrix.dtype, device=self.matrix.device)
+
+    def _matvec(self, v: Tensor) -> Tensor:
+        return self.matrix @ v
+
+
+@final
+class FunctionOperator(LinearOperator):
+    """The operator of a function that multiplies a vector by a symmetric matrix.
+
+    Args:
+        function: Maps an ``(n,)`` tensor to an ``(n,)`` tensor.
+        n: Dimension.
+        dtype: Dtype of the vectors.
+        device: Where the vectors live.
+
+    Example:
+        >>> FunctionOperator(lambda v: 3 * v, 5).matvec(torch.ones(5))
+        tensor([3., 3., 3., 3., 3.])
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        n: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(n, dtype=dtype, device=device)
+        self.function = function
+
+    def _matvec(self, v: Tensor) -> Tensor:
+        return self.function(v)
+
+
+@final
+class DeflatedOperator(LinearOperator):
+    """An operator restricted to the complement of some orthonormal rows: ``P A P`` with ``P = I - Q^T Q``.
+
+    Args:
+        operator: The operator to deflate.
+        rows: ``(m, n)`` orthonormal rows ``Q``.
+    """
+
+    def __init__(self, operator: LinearOperator, rows: Tensor) -> None:
+        super().__init__(operator.n, dtype=operator.dtype, device=operator.device)
+        self.operator = operator
+        self.rows = rows
+
+    def project(self, v: Tensor) -> Tensor:
+        """Return ``P v``, the part of ``v`` in the complement."""
+        return v - self.rows.T @ (self.rows @ v)
+
+    def _matvec(self, v: Tensor) -> Tensor:
+        return self.project(self.operator.matvec(self.project(v)))

@@ -1,0 +1,52 @@
+"""The public door: from what a user passes to an `Objective`, checked before any data is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sharpness._version import __version__
+from sharpness.errors import ArgumentError
+from sharpness.objective import Objective
+
+
+def open_objective(model: Any, loader: Any, loss_fn: Any, options: Mapping[str, Any]) -> Objective:
+    """Return the objective to measure: the one passed in place of a model, or a new one.
+
+    Args:
+        model: A model, or an `Objective`, which then stands alone.
+        loader: The user's loader, or ``None`` with an `Objective`.
+        loss_fn: The user's loss.
+        options: The common options as the user passed them.
+
+    Raises:
+        ArgumentError: If an `Objective` comes with options that are already part of it, or a loader is missing.
+    """
+    if not isinstance(model, Objective):
+        if loader is None:
+            raise ArgumentError("`loader` is missing. Pass (model, loader), or a single Objective(model, loader).")
+        return Objective(model, loader, loss_fn, **options)
+    extra = [name for name, value in options.items() if value != _DEFAULTS[name]]
+    extra += [name for name, value in (("loader", loader), ("loss_fn", loss_fn)) if value is not None]
+    if extra:
+        raise ArgumentError(
+            f"an Objective brings its own data and options, got {', '.join(sorted(extra))} as well. "
+            "Pass them to Objective(...) instead."
+        )
+    return model
+
+
+_DEFAULTS: dict[str, Any] = {
+    "batch_loss": None,
+    "params": None,
+    "mode": "eval",
+    "max_batches": None,
+    "seed": 0,
+    "progress": None,
+    "memory": "auto",
+}
+
+
+def provenance(objective: Objective, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a result: the metric's own and the objective's."""
+    return {**settings, **objective.provenance(), "sharpness": __version__}

@@ -1,0 +1,164 @@
+"""Batches: any nesting of tensors that a loader yields, moved to where the model is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from sharpness.errors import DataError
+from sharpness.objective.guard import reseed
+from sharpness.objective.memory import Budget
+
+
+@final
+class Batches:
+    """A re-iterable of batches on one device, the same ones in every walk with the same draw.
+
+    Every walk of a draw starts from the same random state, so that a loader that shuffles or augments with the
+    global generators (or with its own) yields the same batches each time; another draw yields others.
+
+    Args:
+        loader: Any iterable that can be walked again and again.
+        device: Where the batches go.
+        max_batches: Use only the first so many.
+        seed: Seed of the random states that walks start from.
+    """
+
+    def __init__(
+        self, loader: Iterable[Any], *, device: torch.device, max_batches: int | None = None, seed: int = 0
+    ) -> None:
+        check_loader(loader)
+        self.loader = loader
+        self.count: int | None = None  # how many there are, once walked to the end
+        self._device = device
+        self._max_batches = max_batches
+        self._seed = seed
+        self._kept: list[Any] | None = None
+
+    @property
+    def kept(self) -> bool:
+        """Whether the batches of draw 0 are held on the device."""
+        return self._kept is not None
+
+    def walk(self, *, draw: int = 0, budget: Budget | None = None) -> Iterator[tuple[int, Any]]:
+        """Walk the data once; keep the batches of draw 0 if all fit the budget."""
+        if draw == 0 and self._kept is not None:
+            yield from enumerate(self._kept)
+            return
+        keep: list[Any] | None = [] if draw == 0 and budget is not None else None
+        own = [(generator, generator.get_state()) for generator in self.generators()]
+        reseed(self._seed, draw)
+        if draw:
+            for generator, _ in own:
+                generator.manual_seed(self._seed + draw)
+        count = 0
+        try:
+            for batch in islice(iter(self.loader), self._max_batches):
+                moved = map_tensors(self._move, batch)
+                if keep is not None and budget is not None:
+                    keep.append(moved)
+                    keep = keep if budget.take(tensors_in(moved)) else None
+                yield count, moved
+                count += 1
+        finally:
+            for generator, state in own:
+                generator.set_state(state)
+        if not count:
+            raise DataError(
+                "the loader yields no batch; at least one is needed. Check the data set, drop_last and the batch size."
+            )
+        self.count, self._kept = count, keep
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of the batches that are kept."""
+        return tensors_in(self._kept) if self._kept is not None else []
+
+    def generators(self) -> list[torch.Generator]:
+        """Return the user's own random generators that walking the loader would advance."""
+        owners = [self.loader, *(getattr(self.loader, name, None) for name in ("sampler", "batch_sampler"))]
+        owners.append(getattr(owners[-1], "sampler", None))
+        found = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners)}
+        return [generator for generator in found.values() if isinstance(generator, torch.Generator)]
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor = tensor.float()  # half-precision models are measured in single precision
+        if tensor.is_inference():
+            tensor = tensor.clone()  # autograd cannot save tensors made under inference_mode
+        return tensor.to(self._device, non_blocking=True)
+
+
+def check_loader(loader: Any) -> None:
+    """Refuse what cannot be walked again and again.
+
+    Raises:
+        DataError: For one-shot iterators, single tensors, and what is not iterable.
+    """
+    if isinstance(loader, Tensor):
+        raise DataError(
+            "the loader is a single tensor; a loader yields batches. Pass [(inputs, targets)] for one batch."
+        )
+    if isinstance(loader, Mapping):
+        raise DataError("the loader is a mapping; a loader yields batches. Pass [batch] for one batch.")
+    if isinstance(loader, tuple) and len(loader) > 1 and all(isinstance(item, Tensor) for item in loader):
+        raise DataError("the loader is a tuple of tensors, which looks like one batch. Pass [(inputs, targets)].")
+    if isinstance(loader, Iterator):
+        raise DataError(
+            f"the loader is a one-shot iterator ({type(loader).__name__}); every product walks the data again. "
+            "Pass the DataLoader itself, or list(iterator) if the batches fit in memory."
+        )
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise DataError(f"the loader must yield batches, got {type(loader).__name__}. Pass a DataLoader or a list.")
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """Return ``batch`` with ``function`` applied to every tensor, whatever the nesting; the rest as it is."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a namedtuple
+        return type(batch)(*(map_tensors(function, item) for item in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(map_tensors(function, item) for item in batch)
+    if isinstance(batch, Mapping):
+        mapped = {key: map_tensors(function, item) for key, item in batch.items()}
+        return mapped if type(batch) is dict else _rebuild(batch, mapped)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        names = [field.name for field in dataclasses.fields(batch) if field.init]
+        return dataclasses.replace(batch, **{name: map_tensors(function, getattr(batch, name)) for name in names})
+    return batch
+
+
+def _rebuild(batch: Mapping[Any, Any], mapped: dict[Any, Any]) -> Any:
+    """Return ``mapped`` as the user's own mapping type (a BatchEncoding, say) where that can be built from a dict."""
+    try:
+        return type(batch)(mapped)  # type: ignore[call-arg]
+    except TypeError:
+        return mapped
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """Return every tensor of a batch."""
+    found: list[Tensor] = []
+
+    def collect(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(collect, batch)
+    return found
+
+
+def describe(batch: Any) -> str:
+    """Say in a few words what a batch is made of."""
+    if isinstance(batch, Tensor):
+        return f"tensor{list(batch.shape)} {str(batch.dtype).removeprefix('torch.')}"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key!r}: {describe(item)}" for key, item in list(batch.items())[:6]) + "}"
+    if isinstance(batch, (list, tuple)):
+        return f"{type(batch).__name__}({', '.join(describe(item) for item in batch[:6])})"
+    return type(batch).__name__

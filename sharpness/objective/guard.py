@@ -1,0 +1,87 @@
+"""The model is left as it was found, whatever happens.
+
+Weights and buffers need no guarding: the model is evaluated through `torch.func.functional_call` with tensors of our
+own, so the user's are never written to. What remains are the train/eval flags and the random number generators.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+MODES = ("eval", "train", "as_is")
+
+
+@contextmanager
+def guarded(model: nn.Module, mode: str, generators: list[torch.Generator]) -> Iterator[None]:
+    """Put the model into ``mode``; on leaving restore every submodule's flag and every random state."""
+    flags = [(module, module.training) for module in model.modules()]
+    own = [(generator, generator.get_state()) for generator in generators]
+    state = _random_state()
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            if mode != "as_is":
+                model.train(mode == "train")
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        for generator, kept in own:
+            generator.set_state(kept)
+        _restore_random_state(state)
+
+
+@contextmanager
+def own_randomness(seed: int, *stream: int) -> Iterator[None]:
+    """Seed all global generators for a while; on leaving they are as they were."""
+    state = _random_state()
+    try:
+        reseed(seed, *stream)
+        yield
+    finally:
+        _restore_random_state(state)
+
+
+@contextmanager
+def twice_differentiable(device: torch.device) -> Iterator[None]:
+    """Run a forward pass with kernels that have a second derivative, in full precision.
+
+    The fused attention kernels have none; attention by matrix products has. The choice is made around the forward
+    pass only: the backward passes follow what was recorded.
+    """
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def reseed(seed: int, *stream: int) -> None:
+    """Seed all global generators from ``seed`` and a stream number; for use where they are restored later."""
+    words = np.random.SeedSequence([seed, *stream]).generate_state(3)
+    torch.manual_seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    random.seed(int(words[2]))
+
+
+def _random_state() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    return torch.get_rng_state(), cuda, mps, np.random.get_state(), random.getstate()
+
+
+def _restore_random_state(state: tuple[Any, ...]) -> None:
+    cpu, cuda, mps, for_numpy, for_python = state
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+    if mps is not None:
+        torch.mps.set_rng_state(mps)
+    np.random.set_state(for_numpy)
+    random.setstate(for_python)

@@ -1,0 +1,88 @@
+"""How much memory may be kept between products, and how much an autograd graph holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+_SHARE = 0.5  # of what is free may be kept between products when the user sets no limit
+_FALLBACK = 2 * 1024**3
+
+
+@final
+class Budget:
+    """Bytes that may be kept between products on ``device``; ``None`` means a share of what is free.
+
+    A storage counts once, however many tensors share it; those of ``free_of_charge`` are there anyway.
+    """
+
+    def __init__(self, memory: int | None, device: torch.device, free_of_charge: Iterable[Tensor] = ()) -> None:
+        self.left = _share_of_free(device) if memory is None else memory
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in free_of_charge}
+
+    def take(self, tensors: Iterable[Tensor]) -> bool:
+        """Charge for the tensors' storages; return whether they fit."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._seen:
+                self._seen.add(storage.data_ptr())
+                self.left -= storage.nbytes()
+        return self.left > 0
+
+
+def _share_of_free(device: torch.device) -> int:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
+    return int(_SHARE * free)
+
+
+def _free_host_memory() -> int:
+    """Return the bytes that this process may still take, as far as the system tells."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        used, limit = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("current", "max"))
+        found += [] if limit == "max" else [max(int(limit) - int(used), 0)]
+    except (OSError, ValueError):
+        pass
+    if not found and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(found, default=_FALLBACK)
+
+
+def graph_tensors(roots: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield every tensor that the autograd graph of ``roots`` keeps alive, as far as its nodes tell."""
+    todo = [root.grad_fn for root in roots if root.grad_fn is not None]
+    met: set[Any] = set(todo)
+    while todo:
+        node: Any = todo.pop()
+        for name in _saved_names(type(node)):
+            value = getattr(node, name)
+            yield from (item for item in (value if isinstance(value, (tuple, list)) else (value,)) if _is_tensor(item))
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in met:
+                met.add(parent)
+                todo.append(parent)
+
+
+_NAMES: dict[type, tuple[str, ...]] = {}
+
+
+def _saved_names(kind: type) -> tuple[str, ...]:
+    """Return the attributes under which nodes of this kind save tensors."""
+    if kind not in _NAMES:
+        own = tuple(name for name in dir(kind) if name.startswith("_saved_"))
+        _NAMES[kind] = (*own, "saved_tensors") if hasattr(kind, "saved_tensors") and not own else own
+    return _NAMES[kind]
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)

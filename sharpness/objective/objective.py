@@ -1,0 +1,419 @@
+r"""A model, a loss and data as one twice-differentiable function of a flat parameter vector.
+
+With :math:`\ell_t` the loss terms of all batches, :math:`f(\theta) = \frac{1}{T} \sum_{t=1}^{T} \ell_t(\theta)`: every
+batch is weighted by its own number of terms, so any split of the same data gives the same function. Hessian-vector
+products differentiate twice in reverse (Pearlmutter 1994). The graph of the first differentiation is kept between
+products while memory lasts, which saves two of the four passes that a product costs otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sharpness._checks import check_choice, check_count, check_memory, check_seed
+from sharpness._progress import check_progress
+from sharpness.errors import ArgumentError, DataError, DeterminismWarning, ModelError, NonFiniteError
+from sharpness.objective.data import Batches
+from sharpness.objective.first_order import FirstOrder
+from sharpness.objective.guard import MODES, guarded, reseed, twice_differentiable
+from sharpness.objective.losses import BatchLoss, Criterion, LossFn, Terms
+from sharpness.objective.memory import Budget
+from sharpness.objective.parameters import ParameterChoice, choose
+
+_SLACK = {torch.float32: 1e-5, torch.float64: 1e-10}  # relative change of the loss by another order of summation
+
+
+@final
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss and accuracy over the whole data; ``accuracy`` is ``None`` where there are no classes."""
+
+    loss: float
+    accuracy: float | None
+
+
+@final
+class Objective:
+    """The loss of a model over data, as a function of the flat vector of its parameters.
+
+    The model is never changed: it is evaluated with other tensors in its parameters' and buffers' places, and its
+    flags and all random states are restored after each call. Nothing is computed at construction. After the model's
+    weights have changed, the objective is that of the model as it is then.
+
+    Args:
+        model: A module with trainable parameters; wrappers for compilation and data parallelism are looked through.
+        loader: Any re-iterable of batches.
+        loss_fn: A criterion ``(outputs, targets) -> scalar``; ``None`` takes the model's own ``.loss`` if its output
+            has one, else cross-entropy for integer targets, else mean-squared error for float targets of the
+            outputs' shape.
+        batch_loss: ``callable(model, batch) -> (mean loss, weight)`` in place of ``loss_fn``.
+        params: Names, globs, a compiled regular expression, or a predicate ``(name, tensor) -> bool`` that choose
+            among the parameters that require grad.
+        mode: ``"eval"``, ``"train"`` or ``"as_is"``: which train/eval flags the model has while it is measured.
+        max_batches: Use only the first so many batches.
+        seed: Seed of everything random; the global generators are left alone.
+        progress: Show progress bars; ``None`` shows them on a terminal after two seconds.
+        memory: Bytes (or ``"2GiB"``) that may be kept between products; ``0`` keeps nothing, ``"auto"`` up to half
+            of what is free.
+
+    Raises:
+        ArgumentError: If an option cannot be accepted.
+        ModelError: If the model has nothing to measure.
+        DataError: If the loader cannot be walked again and again.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> data = [(torch.eye(2), torch.zeros(2, 1))]
+        >>> Objective(model, data).hvp(torch.tensor([1.0, 2.0]))
+        tensor([1., 2.])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        loss_fn: LossFn | None = None,
+        *,
+        batch_loss: BatchLoss | None = None,
+        params: ParameterChoice | None = None,
+        mode: str = "eval",
+        max_batches: int | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+        memory: int | str = "auto",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+        self.model = unwrap(model)
+        self.mode = check_choice("mode", mode, MODES)
+        self.max_batches = None if max_batches is None else check_count("max_batches", max_batches)
+        self.seed = check_seed(seed)
+        self.progress = check_progress(progress)
+        self.memory = check_memory(memory)
+        self.criterion = Criterion(loss_fn, batch_loss)
+        self.parameters = choose(self.model, params)
+        self.batches = Batches(loader, device=self.device, max_batches=self.max_batches, seed=self.seed)
+        self.num_passes = 0
+        self.num_terms: float | None = None
+        self.unused: tuple[str, ...] = ()
+        self._caller = _Caller(self.model, self.criterion)
+        self._depth = 0
+        self._graphs: dict[int, FirstOrder] = {}
+        self._leaves: list[Tensor] = []
+        self._snapshot: list[Tensor] | None = None  # what the kept graphs were made for
+        self._budget: Budget | None = None
+        self._loss: float | None = None
+        self._checked = False
+
+    @property
+    def n(self) -> int:
+        """Return the number of parameters that are measured."""
+        return self.parameters.n
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the flat vectors: float64 if a parameter is, else float32."""
+        return self.parameters.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the parameters."""
+        return self.parameters.device
+
+    def vector(self) -> Tensor:  # -> (n,)
+        """Return the parameters as they are now, as one new vector."""
+        named = dict(self.model.named_parameters())
+        return self.parameters.flatten(named[name] for name in self.parameters.names)
+
+    def evaluate(self, at: Tensor | None = None, *, tensors: Mapping[str, Tensor] | None = None) -> Evaluation:
+        """Return loss and accuracy at ``at``, ``(n,)``, or at the parameters as they are; one forward pass.
+
+        Args:
+            at: Where to evaluate.
+            tensors: What to put in the places of parameters and buffers, by name; goes before ``at``.
+        """
+        with self.session(), torch.no_grad():
+            return self._evaluate(at, tensors=tensors)
+
+    def value(self, at: Tensor | None = None) -> float:
+        """Return the loss at ``at``, ``(n,)``, or at the parameters as they are; one forward pass."""
+        return self.evaluate(at).loss
+
+    def value_and_gradient(self, at: Tensor | None = None) -> tuple[float, Tensor]:
+        """Return the loss and its gradient, ``(n,)``, at ``at`` or at the parameters as they are.
+
+        Raises:
+            NonFiniteError: If the loss or the gradient of a batch is NaN or infinite.
+        """
+        with self.session():
+            leaves = self._new_leaves(at)
+            total, weight, gradient = 0.0, 0.0, _Sum(self, "gradient")
+            for i, terms in self._terms(leaves):
+                total, weight = total + terms.total.item(), weight + terms.weight
+                gradient.add(i, torch.autograd.grad(terms.total, leaves, allow_unused=True))
+            return total / weight, gradient.divided_by(weight)
+
+    def gradient(self, at: Tensor | None = None) -> Tensor:  # -> (n,)
+        """Return the gradient at ``at`` or at the parameters as they are."""
+        return self.value_and_gradient(at)[1]
+
+    def hvp(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
+        """Return the product of the Hessian at the parameters as they are with ``v``; one pass over the data.
+
+        Raises:
+            NonFiniteError: If the loss, gradient or product of a batch is NaN or infinite.
+            ModelError: If an operation of the model has no second derivative.
+        """
+        with self.session():
+            directions = self.parameters.split(v.detach())
+            total, weight, product = 0.0, 0.0, _Sum(self, "Hessian-vector product")
+            used: frozenset[int] = frozenset()
+            for i, graph, keep in self._first_orders():
+                total, weight, used = total + graph.total, weight + graph.weight, used | graph.used
+                product.add(i, graph.product(self._leaves, directions, keep=keep))
+            self._loss = total / weight
+            self.unused = tuple(name for i, name in enumerate(self.parameters.names) if i not in used)
+            return product.divided_by(weight)
+
+    def check(self) -> None:
+        """Warn, with the measured difference, if the loss is not the same on another walk over the data.
+
+        Costs two forward passes, or one after a product; the outcome is remembered.
+        """
+        with self.session():
+            if self._checked:
+                return
+            with torch.no_grad():
+                first = self._evaluate(None).loss if self._loss is None else self._loss
+                again = self._evaluate(None, draw=1).loss
+            self._loss, self._checked = first, True
+            if abs(first - again) > _SLACK[self.dtype] * max(abs(first), abs(again), 1e-3):
+                warnings.warn(
+                    f"the loss changes from pass to pass: {first:.6g}, then {again:.6g} (difference "
+                    f"{abs(first - again):.2g}). The answer is that of one fixed draw. Turn off augmentation and "
+                    "dropout, and do not shuffle together with max_batches or with batch statistics.",
+                    DeterminismWarning,
+                    stacklevel=4,
+                )
+
+    def release(self) -> None:
+        """Forget the graphs kept between products, and what was learnt about the loss."""
+        self._graphs, self._leaves, self._snapshot, self._budget = {}, [], None, None
+        self._loss, self._checked = None, False
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what the objective resolved to, for a result's ``settings``."""
+        return {
+            "loss": self.criterion.name,
+            "mode": self.mode,
+            "seed": self.seed,
+            "n": self.n,
+            "dtype": str(self.dtype),
+            "device": str(self.device),
+            "num_terms": self.num_terms,
+            "num_batches": self.batches.count,
+            "max_batches": self.max_batches,
+            "kept_graphs": len(self._graphs),
+            "unused_parameters": list(self.unused),
+            "torch": torch.__version__,
+        }
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Hold the model in the mode to measure it in; on leaving it is as it was. Sessions may be nested."""
+        if self._depth:
+            yield
+            return
+        with guarded(self.model, self.mode, self.batches.generators()):
+            stale = self._snapshot is None or not all(map(torch.equal, self._snapshot, self._state()))
+            if stale:
+                self.release()
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+
+    def _evaluate(self, at: Tensor | None, *, draw: int = 0, tensors: Mapping[str, Tensor] | None = None) -> Evaluation:
+        total = weight = correct = counted = 0.0
+        classes = True
+        for _, terms in self._terms(self._new_leaves(at), draw=draw, tensors=tensors):
+            total, weight = total + terms.total.item(), weight + terms.weight
+            if terms.correct is None or terms.counted is None:
+                classes = False
+            else:
+                correct, counted = correct + terms.correct, counted + terms.counted
+        return Evaluation(loss=total / weight, accuracy=correct / counted if classes and counted else None)
+
+    def _terms(
+        self,
+        leaves: Sequence[Tensor],
+        *,
+        draw: int = 0,
+        tensors: Mapping[str, Tensor] | None = None,
+        skip: Mapping[int, Any] | None = None,
+    ) -> Iterator[tuple[int, Terms]]:
+        """Walk the data once and yield the position and the terms of each batch that has any, but for ``skip``."""
+        self.num_passes += 1
+        places = self._tensors(leaves, tensors)
+        renewed = any(module.training for module in self.model.modules())
+        found = 0.0
+        for i, batch in self.batches.walk(draw=draw, budget=self._room()):
+            if skip is not None and i in skip:
+                found += skip[i].weight
+                continue
+            if renewed:  # batch norm and its like write to their buffers
+                places = self._tensors(leaves, tensors)
+            reseed(self.seed, draw, i)
+            with twice_differentiable(self.device):
+                terms: Terms = functional_call(self._caller, places, (batch,))
+            if terms.weight == 0:
+                continue
+            found += terms.weight
+            self._require_sound(i, terms)
+            yield i, terms
+        if found == 0:
+            raise DataError("the loader holds no loss term: every batch has weight 0. Check ignore_index and weights.")
+        self.num_terms = found
+
+    def _require_sound(self, i: int, terms: Terms) -> None:
+        if not math.isfinite(terms.total.item()):
+            raise NonFiniteError(
+                f"the loss of batch {i} (counted from 0) is {terms.total.item()}. "
+                "Check this batch for NaN, and the weights for overflow."
+            )
+        if torch.is_grad_enabled() and not terms.total.requires_grad:
+            raise ModelError(
+                f"the loss of batch {i} (counted from 0) does not depend on the parameters that are measured. "
+                "Look for .detach(), .item() and torch.no_grad() in the model and the loss, and at params=..."
+            )
+
+    def _first_orders(self) -> Iterator[tuple[int, FirstOrder, bool]]:
+        """Yield the position and the first-order graph of each batch, and whether the graph must survive.
+
+        Graphs are kept only if the batches themselves are, since another walk may group the samples otherwise.
+        """
+        if self._snapshot is None:
+            self._leaves = self._new_leaves(None)
+            self._snapshot = [tensor.detach().clone() for tensor in self._state()]
+        kept = dict(self._graphs)
+        yield from ((i, graph, True) for i, graph in kept.items())
+        if kept and len(kept) == self.batches.count:
+            self.num_passes += 1
+            return
+        streaming = self.batches.count is not None and not self.batches.kept
+        room = not kept and not streaming
+        for i, terms in self._terms(self._leaves, skip=kept):
+            graph = FirstOrder.of(terms, self._leaves)
+            room = room and self._room().take(graph.tensors())
+            if room:
+                self._graphs[i] = graph
+            yield i, graph, room
+        if not self.batches.kept:
+            self._graphs.clear()
+
+    def _room(self) -> Budget:
+        """Return what memory there is to keep batches and graphs."""
+        if self._budget is None:
+            self._budget = Budget(self.memory, self.device, [*self.model.parameters(), *self.model.buffers()])
+            self._budget.take(self.batches.tensors())
+        return self._budget
+
+    def _new_leaves(self, at: Tensor | None) -> list[Tensor]:
+        """Return new leaf tensors in the parameters' places, at ``at`` or at the parameters as they are."""
+        named = dict(self.model.named_parameters())
+        own = [named[name].detach() for name in self.parameters.names]
+        if at is not None:
+            if at.shape != (self.n,):
+                raise ArgumentError(f"the point must be a vector of {self.n} entries, got shape {tuple(at.shape)}.")
+            pieces = self.parameters.split(at.detach().to(self.device))
+            own = [piece.to(p.dtype) for piece, p in zip(pieces, map(_measurable, own), strict=True)]
+        return [_measurable(tensor).view_as(tensor).requires_grad_(True) for tensor in own]
+
+    def _tensors(self, leaves: Sequence[Tensor], others: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Return what to put in the places of the model's parameters and buffers."""
+        fixed = {name: _measurable(p.detach()) for name, p in self.model.named_parameters()}
+        own = {name: _measurable(b.detach()).clone() for name, b in self.model.named_buffers()}
+        chosen = dict(zip(self.parameters.names, leaves, strict=True))
+        return {f"model.{name}": tensor for name, tensor in {**fixed, **own, **chosen, **(others or {})}.items()}
+
+    def _state(self) -> list[Tensor]:
+        """Return everything of the model that the loss depends on."""
+        flags = torch.tensor([module.training for module in self.model.modules()])
+        return [*self.model.parameters(), *self.model.buffers(), flags]
+
+
+@final
+class _Sum:
+    """A sum of per-batch vectors, in the widest dtype, that knows which batch was not finite."""
+
+    def __init__(self, objective: Objective, what: str) -> None:
+        wide = torch.float32 if objective.device.type == "mps" else torch.float64
+        self._sum = torch.zeros(objective.n, dtype=wide, device=objective.device)
+        self._pieces = objective.parameters.split(self._sum)
+        self._dtype = objective.dtype
+        self._what = what
+        self._sizes: list[tuple[int, Tensor]] = []  # per batch; read once, at the end
+
+    def add(self, i: int, tensors: Sequence[Tensor | None]) -> None:
+        """Add the tensors of batch ``i``; ``None`` stands for zero."""
+        size = self._sum.new_zeros(())
+        for piece, tensor in zip(self._pieces, tensors, strict=True):
+            if tensor is not None:
+                dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
+                piece += dense
+                size = size + dense.sum()
+        self._sizes.append((i, size))
+
+    def divided_by(self, weight: float) -> Tensor:
+        """Return the sum over ``weight``."""
+        finite = torch.isfinite(torch.stack([size for _, size in self._sizes])).tolist()
+        if not all(finite):
+            i = self._sizes[finite.index(False)][0]
+            raise NonFiniteError(
+                f"the {self._what} of batch {i} (counted from 0) holds NaN or infinity. "
+                "Look for square roots and logarithms at zero in the model and the loss, and for overflow."
+            )
+        return self._sum.div_(weight).to(self._dtype)
+
+
+@final
+class _Caller(nn.Module):
+    """The loss of a batch as the output of a module, so that the model's tensors can be exchanged for the call."""
+
+    def __init__(self, model: nn.Module, criterion: Criterion) -> None:
+        super().__init__()
+        self.model = model
+        self._criterion = criterion
+
+    def forward(self, batch: Any) -> Terms:
+        return self._criterion(self.model, batch)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner: Any = model.module
+        else:
+            inner = getattr(model, "_orig_mod", None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def _measurable(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` as autograd can use it: half precision as float32, no inference tensors."""
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        return tensor.float()
+    return tensor.clone() if tensor.is_inference() else tensor

@@ -1,0 +1,128 @@
+"""Which parameters of a model are measured, and how they line up in one flat vector."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias, final
+
+import torch
+from torch import Tensor, nn
+
+from sharpness._checks import nearest
+from sharpness.errors import ArgumentError, ModelError
+
+ParameterChoice: TypeAlias = "str | re.Pattern[str] | Callable[[str, Tensor], bool] | Iterable[str | re.Pattern[str]]"
+
+
+@final
+@dataclass(frozen=True)
+class Parameters:
+    """The chosen parameters of a model, in the order of ``named_parameters``; a tied one counts once."""
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def n(self) -> int:
+        """Return the number of entries."""
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Return the number of entries of each parameter."""
+        return [shape.numel() for shape in self.shapes]
+
+    @property
+    def layout(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Return name and shape of each parameter."""
+        return tuple((name, tuple(shape)) for name, shape in zip(self.names, self.shapes, strict=True))
+
+    def split(self, flat: Tensor) -> list[Tensor]:  # (n,)
+        """Return views of ``flat`` in the parameters' shapes."""
+        return [piece.view(shape) for piece, shape in zip(torch.split(flat, self.sizes), self.shapes, strict=True)]
+
+    def flatten(self, tensors: Iterable[Tensor]) -> Tensor:  # (n,)
+        """Return the tensors, in the parameters' order, as one new vector."""
+        return torch.cat([tensor.detach().reshape(-1).to(self.dtype) for tensor in tensors])
+
+
+def choose(model: nn.Module, params: ParameterChoice | None) -> Parameters:
+    """Return the parameters that ``params`` chooses among those that require grad.
+
+    Raises:
+        ArgumentError: If a name, glob or regular expression matches nothing.
+        ModelError: If nothing is left to measure, or a parameter cannot be measured.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ModelError(
+            f"{type(model).__name__} has no trainable parameters; sharpness is measured with respect to those that "
+            "require grad. Call model.requires_grad_(True), or on the layers you want to measure."
+        )
+    chosen = trainable if params is None else {name: trainable[name] for name in _matches(model, trainable, params)}
+    for name, p in chosen.items():
+        if not p.is_floating_point():
+            raise ModelError(f"parameter {name!r} is {p.dtype}; only real floating point parameters can be measured.")
+        if isinstance(p, nn.UninitializedParameter):
+            raise ModelError(f"parameter {name!r} has no shape yet. Run one forward pass to initialise lazy layers.")
+    devices = {p.device for p in chosen.values()}
+    if len(devices) > 1:
+        listed = ", ".join(sorted(str(device) for device in devices))
+        raise ModelError(f"the parameters live on several devices ({listed}); choose those of one with params=...")
+    dtype = torch.float32
+    for p in chosen.values():
+        dtype = torch.promote_types(dtype, p.dtype)
+    return Parameters(
+        names=tuple(chosen), shapes=tuple(p.shape for p in chosen.values()), dtype=dtype, device=devices.pop()
+    )
+
+
+def _matches(model: nn.Module, trainable: dict[str, nn.Parameter], params: Any) -> list[str]:
+    """Return the names that are chosen, in the order of the model."""
+    if callable(params) and not isinstance(params, (str, re.Pattern)):
+        kept = {name for name, p in trainable.items() if params(name, p)}
+        if not kept:
+            raise ArgumentError("`params` chose no parameter: the predicate was false for every trainable one.")
+        return [name for name in trainable if name in kept]
+    patterns: Sequence[Any] = [params] if isinstance(params, (str, re.Pattern)) else _as_list(params)
+    canonical = {id(p): name for name, p in trainable.items()}
+    everything = dict(model.named_parameters(remove_duplicate=False))  # the second name of a tied parameter is a name
+    wanted: set[str] = set()
+    for pattern in patterns:
+        if isinstance(pattern, re.Pattern):
+            found = {name for name in everything if pattern.search(name)}
+        elif isinstance(pattern, str):
+            found = {name for name in everything if name == pattern or fnmatchcase(name, pattern)}
+        else:
+            raise ArgumentError(
+                f"`params` must hold names, globs or compiled regular expressions, got {pattern!r} "
+                f"({type(pattern).__name__}). Pass names as model.named_parameters() gives them."
+            )
+        text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+        if not found:
+            raise ArgumentError(f"`params`: {text!r} matches no parameter of the model.{nearest(text, everything)}")
+        kept = {canonical[id(everything[name])] for name in found if id(everything[name]) in canonical}
+        if not kept:
+            raise ArgumentError(
+                f"`params`: {text!r} matches frozen parameters only. Call requires_grad_(True) on them first."
+            )
+        wanted |= kept
+    return [name for name in trainable if name in wanted]
+
+
+def _as_list(params: Any) -> list[Any]:
+    try:
+        patterns = list(params)
+    except TypeError:
+        patterns = []
+    if not patterns:
+        raise ArgumentError(
+            f"`params` must be a name, a glob, a compiled regular expression, a list of these or a predicate "
+            f"(name, tensor) -> bool, got {params!r}. Leave it out to measure all trainable parameters."
+        )
+    return patterns

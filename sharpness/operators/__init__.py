@@ -1,0 +1,5 @@
+"""Curvature of an objective as linear operators."""
+
+from sharpness.operators.hessian import HessianOperator
+
+__all__ = ["HessianOperator"]

@@ -1,0 +1,10 @@
+"""From results to matplotlib axes; sees results only, never computes, never calls ``plt.show``."""
+
+from sharpness.plotting.figures import (
+    plot_comparison,
+    plot_eigenvalues,
+    plot_epsilon_sharpness,
+    plot_interpolation,
+)
+
+__all__ = ["plot_comparison", "plot_eigenvalues", "plot_epsilon_sharpness", "plot_interpolation"]

@@ -1,0 +1,71 @@
+"""One function per kind of result."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sharpness.errors import ArgumentError, SharpnessError
+from sharpness.results import Comparison, EigenResult, EpsilonSharpnessResult, InterpolationResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def plot_eigenvalues(result: EigenResult, *, ax: Axes | None = None, **style: Any) -> Axes:
+    """Draw the eigenvalues in their order, with the certified intervals as bars."""
+    ax = _axes(ax)
+    half = (result.interval[:, 1] - result.interval[:, 0]) / 2
+    positions = range(1, len(result.eigenvalues) + 1)
+    ax.errorbar(positions, result.eigenvalues, yerr=half, **{"fmt": "o", "capsize": 4, **style})
+    ax.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+    ax.set(xlabel="index", ylabel="eigenvalue", xticks=list(positions) if len(positions) <= 20 else [])
+    return ax
+
+
+def plot_epsilon_sharpness(result: EpsilonSharpnessResult, *, ax: Axes | None = None, **style: Any) -> Axes:
+    """Draw the sharpness that each start reached."""
+    ax = _axes(ax)
+    values = [start["value"] for start in result.starts]
+    ax.bar(range(1, len(values) + 1), values, **style)
+    ax.set(xlabel="start", ylabel="epsilon-sharpness (%)", xticks=range(1, len(values) + 1))
+    return ax
+
+
+def plot_comparison(comparison: Comparison, *, ax: Axes | None = None, metric: str | None = None, **style: Any) -> Axes:
+    """Draw one metric of each row as a bar: the mean, and every seed as a dot."""
+    names = list(comparison.ratios)
+    if metric is not None and metric not in names:
+        raise ArgumentError(f"`metric` must be one of {', '.join(map(repr, names))}, got {metric!r}.")
+    metric = names[0] if metric is None else metric
+    ax = _axes(ax)
+    for i, row in enumerate(comparison.rows):
+        spread = row.metrics[metric]
+        ax.bar(i, spread.mean, **{"color": f"C{i}", "alpha": 0.5, "width": 0.6, **style})
+        ax.plot([i] * len(spread.values), spread.values, "o", color=f"C{i}", markersize=5)
+    ax.set(xticks=range(len(comparison.rows)), ylabel=metric.replace("_", " "))
+    ax.set_xticklabels([row.name for row in comparison.rows])
+    return ax
+
+
+def plot_interpolation(result: InterpolationResult, *, ax: Axes | None = None, **style: Any) -> Axes:
+    """Draw the training loss, and the test loss if there is one, along the path, on a logarithmic axis."""
+    ax = _axes(ax)
+    ax.plot(result.alphas, result.train_loss, **{"label": "training loss", **style})
+    if result.test_loss is not None:
+        ax.plot(result.alphas, result.test_loss, **{"linestyle": "--", "label": "test loss", **style})
+    for end in (0, 1):
+        ax.axvline(end, color="0.7", linewidth=0.8, zorder=0)
+    ax.set(xlabel="alpha (0: first model, 1: second)", ylabel="loss", yscale="log")
+    ax.legend()
+    return ax
+
+
+def _axes(ax: Axes | None) -> Axes:
+    """Return ``ax``, or the axes of a new figure."""
+    if ax is not None:
+        return ax
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise SharpnessError('plots need matplotlib. Install it with: pip install "sharpness[plot]"') from error
+    return plt.subplots(layout="constrained")[1]
