@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
+import numpy as np
 import torch
 from tabulate import tabulate
 from torch import Tensor
@@ -159,8 +159,8 @@ class Spread(Record):
     def of(cls, values: Iterable[float]) -> Spread:
         """Summarise ``values``, one per seed."""
         kept = tuple(float(value) for value in values)
-        std = statistics.stdev(kept) if len(kept) > 1 else math.nan
-        return cls(mean=statistics.fmean(kept) if kept else math.nan, std=std, values=kept)
+        std = float(np.std(kept, ddof=1)) if len(kept) > 1 else math.nan
+        return cls(mean=float(np.mean(kept)) if kept else math.nan, std=std, values=kept)
 
     def __repr__(self) -> str:
         return f"{self.mean:.4g}" if math.isnan(self.std) else f"{self.mean:.4g} ± {self.std:.2g}"

@@ -28,18 +28,20 @@ def answer(
     operator: LinearOperator,
     theta: np.ndarray[Any, Any],  # (m,) ascending, all that is known of the spectrum
     residuals: np.ndarray[Any, Any],  # (m,) rounding included
+    good: np.ndarray[Any, Any],  # (m,) which are accurate enough
     wanted: np.ndarray[Any, Any],  # (k,) positions in the order to report
     rounding: float,
-    converged: bool,
     tol: float,
     num_matvecs: int,
     eigenvectors: Tensor | None,
     settings: dict[str, Any],
     started: float,
     on_failure: str,
-    hint: str = "Raise num_matvecs, loosen tol, or ask for fewer eigenvalues.",
+    hint: str,
+    unfinished: str = "",  # what else is missing, in words
 ) -> EigenResult:
     """Build the result; warn or raise if it is not converged."""
+    converged = bool(good[wanted].all()) and not unfinished
     result = EigenResult(
         eigenvalues=as_float64(theta[wanted]),
         residuals=as_float64(residuals[wanted]),
@@ -53,12 +55,15 @@ def answer(
         settings={**settings, "n": operator.n, "dtype": str(operator.dtype), "device": str(operator.device)},
     )
     if not converged and on_failure != "ignore":
-        relative = residuals[wanted] / np.maximum(np.abs(theta[wanted]), np.finfo(float).tiny)
-        missed = int(np.sum(relative > tol))
-        message = (
-            f"{settings['method']} spent {num_matvecs} products and {missed} of {len(wanted)} eigenvalues missed the "
-            f"tolerance: worst relative residual {relative.max():.1e}, asked for {tol:.1e}. {hint}"
-        )
+        missed = wanted[~good[wanted]]
+        reason = unfinished
+        if len(missed):
+            worst = np.max(residuals[missed] / np.maximum(np.abs(theta[missed]), np.finfo(float).tiny))
+            reason = (
+                f"{len(missed)} of {len(wanted)} eigenvalues missed the tolerance: "
+                f"worst relative residual {worst:.1e}, asked for {tol:.1e}"
+            )
+        message = f"{settings['method']} spent {num_matvecs} products, and {reason}. {hint}"
         if on_failure == "raise":
             raise ConvergenceError(message, result)
         warnings.warn(message, ConvergenceWarning, stacklevel=4)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
 import torch
 
 from sharpness._checks import check_choice, check_count, check_flag, check_positive
 from sharpness.errors import ArgumentError, NonFiniteError
 from sharpness.linalg.answer import OnFailure, answer, check_on_failure
-from sharpness.linalg.krylov import ROUNDING
+from sharpness.linalg.bounds import accurate, rounding_level
 from sharpness.linalg.operator import LinearOperator
 from sharpness.linalg.which import WHICH, Which, select
 from sharpness.results import EigenResult
@@ -80,11 +79,11 @@ def dense(
     theta, rows = torch.linalg.eigh(symmetric)
     scale = theta.abs().max().item()
     asymmetry = torch.linalg.matrix_norm(matrix - symmetric).item()
-    rounding = ROUNDING * torch.finfo(operator.dtype).eps * scale + asymmetry
+    floor = rounding_level(operator.dtype, scale)
+    rounding = floor + asymmetry
     bounds = torch.linalg.vector_norm(matrix @ rows - rows * theta, dim=0).numpy() + rounding
     values = theta.numpy()
     chosen = select(values, which, k)
-    good = (bounds <= tol * np.abs(values)) | (bounds <= 2 * rounding)
     kept = rows.T[torch.as_tensor(chosen.copy())].to(dtype=operator.dtype, device=operator.device)
     return answer(
         operator=operator,
@@ -92,12 +91,12 @@ def dense(
         residuals=bounds,
         wanted=chosen,
         rounding=rounding,
-        converged=bool(np.all(good[chosen])),
+        good=accurate(values, bounds, tol=tol, floor=floor),
         tol=tol,
         num_matvecs=n,
         eigenvectors=kept if vectors else None,
         settings={"method": "dense", "which": which, "k": k, "tol": tol},
         started=started,
         on_failure=on_failure,
-        hint="Rounding limits these eigenvalues; use a float64 model.",
+        hint="The operator is not symmetric, or rounding limits these eigenvalues: try a float64 model.",
     )

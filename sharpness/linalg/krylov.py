@@ -22,14 +22,12 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from sharpness.errors import NonFiniteError
+from sharpness.linalg.bounds import rounding_level
 from sharpness.linalg.operator import LinearOperator
 from sharpness.linalg.products import dot, norm
 
 Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 
-# A product of a network's loss in floating point is off by some multiple of eps * |A|; this multiple was larger than
-# any seen over the zoo and the trained networks of the benchmarks.
-ROUNDING = 32.0
 _ROWS_PER_BLOCK = 16  # the basis grows by contiguous blocks, so nothing is ever copied
 
 
@@ -57,19 +55,23 @@ class KrylovSpace:
         self.exhausted = True  # whether the space is invariant: what comes next is a random start in the complement
 
     @property
+    def floor(self) -> float:
+        """Size of the rounding errors that a product cannot avoid."""
+        return rounding_level(self.operator.dtype, self._scale)
+
+    @property
     def rounding(self) -> float:
-        """Size of the rounding errors in a product: a multiple of ``eps |A|``, or what was measured if that is more.
+        """Size of the errors in a product: the floor, and what was measured beyond.
 
         The measure is what a product leaks onto earlier basis vectors, zero for a symmetric operator in exact
         arithmetic. An operator that is not symmetric, or not the same at each product, shows up here.
         """
-        eps = torch.finfo(self.operator.dtype).eps
-        return float(ROUNDING * eps * self._scale + 2 * self._noise)
+        return self.floor + 2 * self._noise
 
     @property
     def _negligible(self) -> float:
         """Coupling below which the space counts as exhausted: rounding, amplified by the steps before."""
-        return float(max(self.rounding, torch.finfo(self.operator.dtype).eps ** (2 / 3) * self._scale))
+        return float(max(self.floor, torch.finfo(self.operator.dtype).eps ** (2 / 3) * self._scale))
 
     def extend(self) -> None:
         """Spend one product and grow the basis by one row.
@@ -107,7 +109,7 @@ class KrylovSpace:
         self.exhausted = self.size == self.operator.n or beta <= self._negligible
         # Between the two levels the direction of w is mostly noise, as good a random start as any, and its coupling
         # is kept in T. Below, it means nothing.
-        self._next = w / beta if beta > self.rounding and self.size < self.operator.n else None
+        self._next = w / beta if beta > self.floor and self.size < self.operator.n else None
 
     def ritz(self) -> tuple[Floats, Floats, Floats]:
         """Return all Ritz values in ascending order, ``(m,)``, coefficients, ``(m, m)``, and residuals, ``(m,)``.

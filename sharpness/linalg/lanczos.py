@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -12,10 +12,13 @@ from sharpness._checks import check_choice, check_count, check_flag, check_posit
 from sharpness._progress import check_progress, progress_bar
 from sharpness.errors import ArgumentError
 from sharpness.linalg.answer import OnFailure, answer, check_on_failure
-from sharpness.linalg.krylov import KrylovSpace
+from sharpness.linalg.bounds import accurate
+from sharpness.linalg.krylov import Floats, KrylovSpace
 from sharpness.linalg.operator import LinearOperator
 from sharpness.linalg.which import WHICH, Which, count, select
 from sharpness.results import EigenResult
+
+Bools: TypeAlias = "np.ndarray[Any, np.dtype[np.bool_]]"
 
 _SPARE = 2  # products past convergence on small problems
 
@@ -89,7 +92,6 @@ def lanczos(
         )
     budget = min(budget, n)
     spare = _SPARE
-    hint = "Raise num_matvecs, loosen tol, or ask for fewer eigenvalues."
     started = time.perf_counter()
     space = KrylovSpace(operator, torch.Generator().manual_seed(check_seed(seed)))
     with progress_bar(check_progress(progress), total=None, title="Lanczos") as bar:
@@ -99,61 +101,42 @@ def lanczos(
             if step < wanted:
                 continue
             theta, s, residuals = space.ritz()
+            residuals = residuals + space.rounding
+            good = accurate(theta, residuals, tol=tol, floor=space.floor)
             chosen = select(theta, which, k)
-            converged = bool(np.all(accepted(theta, residuals, space.rounding, tol)[chosen]))
             bar.set_postfix_str(f"worst residual {np.max(residuals[chosen]):.1e}", refresh=False)
-            if converged and complete(space, theta, s, residuals, which, k, tol):
+            everything = complete(space, theta, s, residuals, good, which, k)
+            if good[chosen].all() and everything:
                 # Where few dimensions are left, look a little further: the space may be about to be exhausted, and
                 # that shows multiplicities. On a network this never holds, and not a product is spent past convergence.
                 if spare == 0 or space.size == n or len(space.starts) > 1 or n > 4 * step:
                     break
                 spare -= 1
-        else:
-            if converged and space.size < n and space.exhausted:
-                converged = False
-                hint = "The Krylov space was exhausted and its complement not fully searched. Raise num_matvecs."
     return answer(
         operator=operator,
         theta=theta,
-        residuals=residuals + space.rounding,
+        residuals=residuals,
+        good=good,
         wanted=chosen,
         rounding=space.rounding,
-        converged=converged,
         tol=tol,
         num_matvecs=space.size,
         eigenvectors=space.vectors(s[:, chosen]) if vectors else None,
         settings={"method": "lanczos", "which": which, "k": k, "tol": tol, "seed": seed, "num_matvecs": num_matvecs},
         started=started,
         on_failure=on_failure,
-        hint=hint,
+        hint="Raise num_matvecs, loosen tol, or ask for fewer eigenvalues.",
+        unfinished="" if everything else "the products ended before all of the spectrum's end was searched",
     )
 
 
-def accepted(
-    theta: np.ndarray[Any, Any], residuals: np.ndarray[Any, Any], rounding: float, tol: float
-) -> np.ndarray[Any, Any]:
-    """Return which Ritz pairs are accurate enough, ``(m,)``: to the tolerance or to rounding."""
-    good: np.ndarray[Any, Any] = (residuals + rounding <= tol * np.abs(theta)) | (residuals <= rounding)
-    return good
-
-
-def complete(
-    space: KrylovSpace,
-    theta: np.ndarray[Any, Any],
-    s: np.ndarray[Any, Any],
-    residuals: np.ndarray[Any, Any],
-    which: str,
-    k: int,
-    tol: float,
-) -> bool:
+def complete(space: KrylovSpace, theta: Floats, s: Floats, residuals: Floats, good: Bools, which: str, k: int) -> bool:
     """Return whether no wanted eigenvalue can hide in the complement of an exhausted space.
 
     A block started at random meets every distinct eigenvalue of the complement it started in, so the complement that
     remains after it has none beyond the block's own extremes. The wanted values are complete once they reach those.
     Before the first exhaustion nothing is known about the complement, and nothing is claimed.
     """
-    chosen = np.sort(theta[select(theta, which, k)])
-    good = accepted(theta, residuals, space.rounding, tol)
     if space.size == space.operator.n:
         return True
     if len(space.starts) == 1 and not space.exhausted:
@@ -161,17 +144,16 @@ def complete(
     share = np.linalg.norm(s[space.starts[-1] :], axis=0)  # of each pair in the latest block
     latest = np.flatnonzero(share >= min(0.5, share.max()))
     low, high = latest[0], latest[-1]
+    chosen = np.sort(theta[select(theta, which, k)])
     slack = 2 * space.rounding
-    top = bool(good[high] and theta[high] <= chosen[-k] + slack)
-    bottom = bool(good[low] and theta[low] >= chosen[k - 1] - slack)
     if which == "magnitude":
         return bool(good[low] and good[high] and max(-theta[low], theta[high]) <= np.abs(chosen).min() + slack)
+    top = bool(good[high] and theta[high] <= chosen[-k] + slack)
+    bottom = bool(good[low] and theta[low] >= chosen[k - 1] - slack)
     return {"largest": top, "smallest": bottom, "both": top and bottom}[which]
 
 
-def _ends_agree(
-    theta: np.ndarray[Any, Any], residuals: np.ndarray[Any, Any], good: np.ndarray[Any, Any], k: int
-) -> bool:
+def _ends_agree(theta: Floats, residuals: Floats, good: Bools, k: int) -> bool:
     """Return whether neither end can still grow beyond the ``k`` largest in magnitude.
 
     A Ritz value that has not converged may be on its way to an eigenvalue of larger magnitude than those that have.

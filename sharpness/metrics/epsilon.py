@@ -166,10 +166,10 @@ class _Search:
 
     def __init__(self, objective: Objective, epsilon: float) -> None:
         self.objective = objective
-        self.num_evaluations = 0
+        self.num_evaluations = 1  # the model as it is
         self.center = objective.vector().double().cpu()
         self.half_width = epsilon * (self.center.abs() + 1)
-        self.loss_at_zero, _ = self._loss_and_slope(torch.zeros_like(self.center))
+        self.loss_at_zero, _ = objective.value_and_gradient()
 
     def ascend(self, i: int, max_iter: int, bar: Any) -> dict[str, Any]:
         """Spend ``max_iter`` iterations from start ``i``; return what was reached.

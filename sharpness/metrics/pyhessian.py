@@ -18,7 +18,7 @@ import torch
 from sharpness._checks import check_count
 from sharpness.errors import ArgumentError, ModelError
 from sharpness.linalg.answer import answer
-from sharpness.linalg.krylov import ROUNDING
+from sharpness.linalg.bounds import accurate, rounding_level
 from sharpness.linalg.products import norm
 from sharpness.linalg.which import select
 from sharpness.objective import Objective
@@ -67,27 +67,26 @@ def pyhessian_eigenvalues(
             pairs.append((value, norm(operator.matvec(unit) - value * unit), unit))
     theta = np.array([value for value, _, _ in pairs])
     ascending = np.argsort(theta, kind="stable")
-    rounding = ROUNDING * torch.finfo(objective.dtype).eps * float(np.abs(theta).max())
+    rounding = rounding_level(objective.dtype, float(np.abs(theta).max()))
     residuals = np.array([residual for _, residual, _ in pairs])[ascending] + rounding
     theta = theta[ascending]
     chosen = select(theta, which, k)
-    wrong_end = which == "largest" and bool(np.any(theta < -rounding))
+    negative = which == "largest" and bool(np.any(theta < -rounding))
     return answer(
         operator=operator,
         theta=theta,
         residuals=residuals,
         wanted=chosen,
         rounding=rounding,
-        converged=bool(np.all((residuals <= tol * np.abs(theta)) | (residuals <= 2 * rounding))) and not wrong_end,
+        good=accurate(theta, residuals, tol=tol, floor=rounding),
         tol=tol,
         num_matvecs=spent,
         eigenvectors=torch.stack([pairs[i][2] for i in ascending[chosen]]) if vectors else None,
         settings={"method": "pyhessian", "which": which, "k": k, "tol": tol, "num_matvecs": num_matvecs},
         started=started,
         on_failure=on_failure,
-        hint="PyHessian stops when the value moves little, whatever the residual"
-        + (", and takes the largest magnitude for the largest value" if wrong_end else "")
-        + '. Use method="lanczos".',
+        hint='PyHessian stops when the value moves little, whatever the residual. Use method="lanczos".',
+        unfinished="took the largest magnitude for the largest value" if negative else "",
     )
 
 
@@ -109,7 +108,7 @@ def _run(
             warnings.simplefilter("ignore")  # its backward(create_graph=True) warns at every step
             guest = hessian(model, criterion, dataloader=batches, cuda=objective.device.type == "cuda")
             values, vectors = guest.eigenvalues(maxIter=steps, tol=tol, top_n=k)
-    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever the guest may raise
         raise ModelError(
             f"PyHessian failed on this model or these batches ({type(error).__name__}: {error}); it needs batches "
             '(inputs, targets) and parameters that are all used, none linearly. Use method="lanczos".'

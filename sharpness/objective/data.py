@@ -39,18 +39,30 @@ class Batches:
         self._max_batches = max_batches
         self._seed = seed
         self._kept: list[Any] | None = None
+        self._settled = False
 
     @property
     def kept(self) -> bool:
         """Whether the batches of draw 0 are held on the device."""
         return self._kept is not None
 
-    def walk(self, *, draw: int = 0, budget: Budget | None = None) -> Iterator[tuple[int, Any]]:
-        """Walk the data once; keep the batches of draw 0 if all fit the budget."""
+    def settle(self, budget: Budget) -> None:
+        """Load the batches of draw 0 and keep them if all fit the budget; done once."""
+        if self._settled:
+            return
+        self._settled = True
+        loaded = []
+        for _, batch in self.walk():
+            if not budget.take(tensors_in(batch)):
+                return
+            loaded.append(batch)
+        self._kept = loaded
+
+    def walk(self, *, draw: int = 0) -> Iterator[tuple[int, Any]]:
+        """Walk the data once."""
         if draw == 0 and self._kept is not None:
             yield from enumerate(self._kept)
             return
-        keep: list[Any] | None = [] if draw == 0 and budget is not None else None
         own = [(generator, generator.get_state()) for generator in self.generators()]
         reseed(self._seed, draw)
         if draw:
@@ -59,11 +71,7 @@ class Batches:
         count = 0
         try:
             for batch in islice(iter(self.loader), self._max_batches):
-                moved = map_tensors(self._move, batch)
-                if keep is not None and budget is not None:
-                    keep.append(moved)
-                    keep = keep if budget.take(tensors_in(moved)) else None
-                yield count, moved
+                yield count, map_tensors(self._move, batch)
                 count += 1
         finally:
             for generator, state in own:
@@ -72,7 +80,7 @@ class Batches:
             raise DataError(
                 "the loader yields no batch; at least one is needed. Check the data set, drop_last and the batch size."
             )
-        self.count, self._kept = count, keep
+        self.count = count
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors of the batches that are kept."""

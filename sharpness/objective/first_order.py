@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharpness.errors import ModelError
 from sharpness.objective.losses import Terms
-from sharpness.objective.memory import graph_tensors
+from sharpness.objective.memory import graph_nodes, graph_tensors
 
 
 @final
@@ -51,6 +51,18 @@ class FirstOrder:
         along = [directions[i].to(g.dtype) for i, g in zip(self.positions, self.gradients, strict=True)]
         with explained():
             return torch.autograd.grad(self.gradients, leaves, along, retain_graph=keep, allow_unused=True)
+
+    def require_differentiable(self) -> None:
+        """Refuse a graph with an operation that PyTorch would silently take for a constant in a second derivative.
+
+        Raises:
+            ModelError: If there is a custom function marked ``once_differentiable``.
+        """
+        if any(type(node).__name__ in ("Error", "DelayedError") for node in graph_nodes(self.gradients)):
+            raise ModelError(
+                "the model uses a custom autograd function that is marked once_differentiable, so it has no second "
+                "derivative. Write its backward with differentiable operations and remove the mark."
+            )
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor that the graph keeps alive."""

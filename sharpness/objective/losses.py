@@ -251,7 +251,7 @@ def count_terms(loss_fn: LossFn, outputs: Any, targets: Any) -> float:
                 "batch_loss=callable(model, batch) -> (mean loss, number of terms)."
             )
     elif isinstance(outputs, Tensor) and targets.is_floating_point():
-        return float(torch.broadcast_tensors(outputs, targets)[0].numel())
+        return float((outputs.detach() - targets).numel())
     return float(targets.numel() if targets.ndim else 1)
 
 
@@ -268,10 +268,13 @@ def find_reduction(loss_fn: LossFn, outputs: Any, targets: Any) -> str:
     if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.ndim and targets.ndim):
         return "mean"
     with torch.no_grad():
-        for scale in (1.0, 0.5):  # at an exact fit the loss is zero either way; half the outputs are no fit
-            once, twice = outputs.detach() * scale, torch.cat([outputs.detach() * scale] * 2)
-            single = _scalar(loss_fn(once, targets)).item()
-            double = _scalar(loss_fn(twice, torch.cat([targets, targets]))).item()
+        for scale, shift in (
+            (1.0, 0.0),
+            (0.5, 0.25),
+        ):  # at an exact fit the loss is zero and says nothing: look beside it
+            probe = scale * outputs.detach() + shift
+            single = _scalar(loss_fn(probe, targets)).item()
+            double = _scalar(loss_fn(torch.cat([probe, probe]), torch.cat([targets, targets]))).item()
             if abs(single) > 1e-12:
                 break
     if abs(double - single) <= 1e-3 * abs(single):

@@ -26,13 +26,14 @@ class Budget:
         self._seen = {tensor.untyped_storage().data_ptr() for tensor in free_of_charge}
 
     def take(self, tensors: Iterable[Tensor]) -> bool:
-        """Charge for the tensors' storages; return whether they fit."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._seen:
-                self._seen.add(storage.data_ptr())
-                self.left -= storage.nbytes()
-        return self.left > 0
+        """Charge for the tensors' storages if all of them fit; return whether they did."""
+        new = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+        new = {pointer: size for pointer, size in new.items() if pointer not in self._seen}
+        if sum(new.values()) >= self.left:
+            return False
+        self._seen.update(new)
+        self.left -= sum(new.values())
+        return True
 
 
 def _share_of_free(device: torch.device) -> int:
@@ -58,19 +59,25 @@ def _free_host_memory() -> int:
     return min(found, default=_FALLBACK)
 
 
-def graph_tensors(roots: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield every tensor that the autograd graph of ``roots`` keeps alive, as far as its nodes tell."""
+def graph_nodes(roots: Iterable[Tensor]) -> Iterator[Any]:
+    """Yield every node of the autograd graph of ``roots``."""
     todo = [root.grad_fn for root in roots if root.grad_fn is not None]
     met: set[Any] = set(todo)
     while todo:
         node: Any = todo.pop()
-        for name in _saved_names(type(node)):
-            value = getattr(node, name)
-            yield from (item for item in (value if isinstance(value, (tuple, list)) else (value,)) if _is_tensor(item))
+        yield node
         for parent, _ in node.next_functions:
             if parent is not None and parent not in met:
                 met.add(parent)
                 todo.append(parent)
+
+
+def graph_tensors(roots: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield every tensor that the autograd graph of ``roots`` keeps alive, as far as its nodes tell."""
+    for node in graph_nodes(roots):
+        for name in _saved_names(type(node)):
+            value = getattr(node, name)
+            yield from (item for item in (value if isinstance(value, (tuple, list)) else (value,)) if _is_tensor(item))
 
 
 _NAMES: dict[type, tuple[str, ...]] = {}

@@ -22,6 +22,7 @@ from torch.func import functional_call
 from sharpness._checks import check_choice, check_count, check_memory, check_seed
 from sharpness._progress import check_progress
 from sharpness.errors import ArgumentError, DataError, DeterminismWarning, ModelError, NonFiniteError
+from sharpness.objective.batch_sum import BatchSum
 from sharpness.objective.data import Batches
 from sharpness.objective.first_order import FirstOrder
 from sharpness.objective.guard import MODES, guarded, reseed, twice_differentiable
@@ -157,10 +158,12 @@ class Objective:
         """
         with self.session():
             leaves = self._new_leaves(at)
-            total, weight, gradient = 0.0, 0.0, _Sum(self, "gradient")
+            total, weight, gradient = 0.0, 0.0, BatchSum(self.parameters, "gradient")
             for i, terms in self._terms(leaves):
                 total, weight = total + terms.total.item(), weight + terms.weight
                 gradient.add(i, torch.autograd.grad(terms.total, leaves, allow_unused=True))
+            if at is None:
+                self._loss = total / weight
             return total / weight, gradient.divided_by(weight)
 
     def gradient(self, at: Tensor | None = None) -> Tensor:  # -> (n,)
@@ -176,7 +179,7 @@ class Objective:
         """
         with self.session():
             directions = self.parameters.split(v.detach())
-            total, weight, product = 0.0, 0.0, _Sum(self, "Hessian-vector product")
+            total, weight, product = 0.0, 0.0, BatchSum(self.parameters, "Hessian-vector product")
             used: frozenset[int] = frozenset()
             for i, graph, keep in self._first_orders():
                 total, weight, used = total + graph.total, weight + graph.weight, used | graph.used
@@ -207,9 +210,9 @@ class Objective:
                 )
 
     def release(self) -> None:
-        """Forget the graphs kept between products, and what was learnt about the loss."""
+        """Forget the graphs kept between products."""
         self._graphs, self._leaves, self._snapshot, self._budget = {}, [], None, None
-        self._loss, self._checked = None, False
+        self._loss = None
 
     def provenance(self) -> dict[str, Any]:
         """Return what the objective resolved to, for a result's ``settings``."""
@@ -265,10 +268,11 @@ class Objective:
     ) -> Iterator[tuple[int, Terms]]:
         """Walk the data once and yield the position and the terms of each batch that has any, but for ``skip``."""
         self.num_passes += 1
+        self.batches.settle(self._room())
         places = self._tensors(leaves, tensors)
         renewed = any(module.training for module in self.model.modules())
         found = 0.0
-        for i, batch in self.batches.walk(draw=draw, budget=self._room()):
+        for i, batch in self.batches.walk(draw=draw):
             if skip is not None and i in skip:
                 found += skip[i].weight
                 continue
@@ -303,24 +307,25 @@ class Objective:
 
         Graphs are kept only if the batches themselves are, since another walk may group the samples otherwise.
         """
+        self.batches.settle(self._room())
         if self._snapshot is None:
             self._leaves = self._new_leaves(None)
-            self._snapshot = [tensor.detach().clone() for tensor in self._state()]
+            if self.batches.kept:
+                self._snapshot = [tensor.detach().clone() for tensor in self._state()]
         kept = dict(self._graphs)
         yield from ((i, graph, True) for i, graph in kept.items())
         if kept and len(kept) == self.batches.count:
             self.num_passes += 1
             return
-        streaming = self.batches.count is not None and not self.batches.kept
-        room = not kept and not streaming
+        room = self.batches.kept and not kept
         for i, terms in self._terms(self._leaves, skip=kept):
             graph = FirstOrder.of(terms, self._leaves)
+            if i == 0:  # the same operations for every batch
+                graph.require_differentiable()
             room = room and self._room().take(graph.tensors())
             if room:
                 self._graphs[i] = graph
             yield i, graph, room
-        if not self.batches.kept:
-            self._graphs.clear()
 
     def _room(self) -> Budget:
         """Return what memory there is to keep batches and graphs."""
@@ -351,40 +356,6 @@ class Objective:
         """Return everything of the model that the loss depends on."""
         flags = torch.tensor([module.training for module in self.model.modules()])
         return [*self.model.parameters(), *self.model.buffers(), flags]
-
-
-@final
-class _Sum:
-    """A sum of per-batch vectors, in the widest dtype, that knows which batch was not finite."""
-
-    def __init__(self, objective: Objective, what: str) -> None:
-        wide = torch.float32 if objective.device.type == "mps" else torch.float64
-        self._sum = torch.zeros(objective.n, dtype=wide, device=objective.device)
-        self._pieces = objective.parameters.split(self._sum)
-        self._dtype = objective.dtype
-        self._what = what
-        self._sizes: list[tuple[int, Tensor]] = []  # per batch; read once, at the end
-
-    def add(self, i: int, tensors: Sequence[Tensor | None]) -> None:
-        """Add the tensors of batch ``i``; ``None`` stands for zero."""
-        size = self._sum.new_zeros(())
-        for piece, tensor in zip(self._pieces, tensors, strict=True):
-            if tensor is not None:
-                dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
-                piece += dense
-                size = size + dense.sum()
-        self._sizes.append((i, size))
-
-    def divided_by(self, weight: float) -> Tensor:
-        """Return the sum over ``weight``."""
-        finite = torch.isfinite(torch.stack([size for _, size in self._sizes])).tolist()
-        if not all(finite):
-            i = self._sizes[finite.index(False)][0]
-            raise NonFiniteError(
-                f"the {self._what} of batch {i} (counted from 0) holds NaN or infinity. "
-                "Look for square roots and logarithms at zero in the model and the loss, and for overflow."
-            )
-        return self._sum.div_(weight).to(self._dtype)
 
 
 @final

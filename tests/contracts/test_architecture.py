@@ -1,0 +1,99 @@
+"""The package is a ladder: a layer imports only the layers below it, and no file outgrows a sitting."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import sharpness
+
+ROOT = Path(sharpness.__file__).parent
+MAX_LINES = 400
+
+BASE = {"errors", "results", "_record", "_checks", "_progress", "_version"}
+ALLOWED = {
+    "errors": set(),
+    "_version": set(),
+    "_checks": {"errors"},
+    "_progress": {"_checks"},
+    "_record": {"errors"},
+    "results": {"errors", "_record"},
+    "datasets": {"_checks"},
+    "linalg": BASE,
+    "objective": BASE,  # a sibling of linalg: neither sees the other
+    "operators": BASE | {"linalg", "objective"},
+    "metrics": BASE | {"linalg", "objective", "operators"},
+    "plotting": {"results", "errors"},
+    "comparison": BASE | {"metrics", "objective"},
+    "demo": BASE | {"comparison", "datasets"},
+    "cli": BASE | {"demo"},
+    "__main__": {"cli"},
+}
+DEFERRED = {("results", "plotting")}  # Result.plot() reaches up for its picture
+
+
+def imports(path):
+    """Yield (layer, line, deferred) for each import of our own package."""
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: use absolute imports"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, *rest = name.split(".")
+            if package == "sharpness" and rest:
+                yield rest[0], node.lineno, id(node) not in top
+
+
+def layer_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def wrong_arrows():
+    wrong = []
+    for path in sorted(ROOT.rglob("*.py")):
+        layer = layer_of(path)
+        if layer == "__init__":
+            continue
+        for target, line, deferred in imports(path):
+            if deferred and (layer, target) in DEFERRED:
+                continue
+            if deferred or target not in ALLOWED[layer] | {layer}:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} -> {target}")
+    return wrong
+
+
+def test_imports_point_one_way():
+    assert wrong_arrows() == []
+
+
+def test_every_layer_is_in_the_table():
+    layers = {layer_of(path) for path in ROOT.rglob("*.py")} - {"__init__"}
+    assert layers == set(ALLOWED)
+
+
+def test_no_file_outgrows_a_sitting():
+    lines = {str(path): len(path.read_text().splitlines()) for path in ROOT.rglob("*.py")}
+    assert {path: count for path, count in lines.items() if count > MAX_LINES} == {}
+
+
+@pytest.mark.parametrize("name", ["utils", "common", "helpers", "misc", "base"])
+def test_there_are_no_drawers(name):
+    assert not list(ROOT.rglob(f"{name}.py"))
+
+
+def test_every_public_function_and_class_says_what_it_does():
+    missing = []
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+            if public and not ast.get_docstring(node) and node.name != "forward" and not node.decorator_list:
+                inside = any(node in getattr(p, "body", []) for p in ast.walk(ast.parse("")))
+                missing += [] if inside else [f"{path.name}:{node.name}"]
+    nested = {"matvec", "function", "collect", "bind", "spread", "ratio", "over_first", "at", "measure"}
+    assert [name for name in missing if name.split(":")[1] not in nested] == []

@@ -1,0 +1,45 @@
+"""Same call, same bits; another seed, other random numbers; the global generators are left alone."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import sharpness
+from tests.checks import assert_untouched
+from tests.zoo import tanh_net
+
+PROBLEM = tanh_net()
+CALLS = {
+    "lanczos": lambda **o: sharpness.top_eigenvalues(PROBLEM.model, LOADER, k=2, vectors=True, **o),
+    "power": lambda **o: sharpness.top_eigenvalues(PROBLEM.model, LOADER, method="power", vectors=True, **o),
+    "epsilon": lambda **o: sharpness.epsilon_sharpness(PROBLEM.model, LOADER, **o),
+    "compare": lambda **o: sharpness.compare({"a": PROBLEM.model}, LOADER, **o),
+}
+x, y = (torch.cat(parts) for parts in zip(*PROBLEM.loader, strict=True))
+LOADER = DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True)
+
+
+def numbers(record):
+    plain = record.to_dict(vectors=True) if hasattr(record, "eigenvectors") else record.to_dict()
+    return {name: value for name, value in plain.items() if name not in ("seconds", "rows")}, (
+        [row.metrics[m].values for row in record.rows for m in row.metrics] if hasattr(record, "rows") else None
+    )
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_same_seed_same_bits_whatever_the_global_state(call):
+    with assert_untouched(PROBLEM.model):
+        first = CALLS[call](seed=3)
+    torch.rand(7)
+    assert numbers(CALLS[call](seed=3)) == numbers(first)
+
+
+@pytest.mark.parametrize("call", ["lanczos", "power"])
+def test_another_seed_is_another_start(call):
+    assert not torch.equal(CALLS[call](seed=0).eigenvectors, CALLS[call](seed=1).eigenvectors)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, None, "x", 2**64])
+def test_seeds_are_integers(seed):
+    with pytest.raises(sharpness.ArgumentError, match="`seed`"):
+        CALLS["lanczos"](seed=seed)

@@ -1,0 +1,179 @@
+import pytest
+import torch
+from torch import nn
+
+import sharpness
+from sharpness import HessianOperator, Objective, linalg
+from sharpness.errors import ArgumentError, ConvergenceError, ConvergenceWarning, DeterminismWarning, ModelError
+from sharpness.linalg.which import WHICH, select
+from tests.checks import assert_untouched, contains
+from tests.zoo import batches, features, networks, problems, tanh_net
+
+
+@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize("problem", problems(), ids=lambda p: p.name)
+def test_agrees_with_the_dense_hessian_on_every_problem(problem, which):
+    n = len(problem.hessian)
+    k = min(3, n)
+    ascending = problem.eigenvalues.flip(0)
+    expected = ascending[select(ascending.numpy(), which, k).copy()]
+    with assert_untouched(problem.model):
+        result = sharpness.top_eigenvalues(problem.model, problem.loader, k=k, which=which, **problem.options)
+    assert result.converged
+    assert result.num_matvecs <= n
+    slack = 1e-12 * ascending.abs().max().item()
+    found, interval = result.eigenvalues, result.interval
+    if which == "magnitude":
+        found, expected = found.abs(), expected.abs()
+        interval = torch.stack([found - result.residuals, found + result.residuals], 1)
+    assert contains(interval, expected, slack=slack)
+
+
+@pytest.mark.parametrize("problem", networks(), ids=lambda p: p.name)
+def test_methods_agree(problem):
+    calls = {"lanczos": {}, "power": {"num_matvecs": 4000}, "dense": {}}
+    for method, options in calls.items():
+        result = sharpness.top_eigenvalues(
+            problem.model, problem.loader, k=2, method=method, **options, **problem.options
+        )
+        assert result.converged
+        assert contains(result.interval, problem.eigenvalues[:2], slack=1e-14)
+        assert result.settings["method"] == method
+
+
+def test_eigenvectors_are_rows_in_the_order_of_named_parameters():
+    problem = tanh_net()
+    result = sharpness.top_eigenvalues(problem.model, problem.loader, k=2, vectors=True, tol=1e-8)
+    for value, row in zip(result.eigenvalues, result.eigenvectors, strict=True):
+        torch.testing.assert_close(problem.hessian @ row, value * row, rtol=0, atol=1e-8)
+    named = result.named_vector(1)
+    trainable = {name: p.shape for name, p in problem.model.named_parameters() if p.requires_grad}
+    assert {name: t.shape for name, t in named.items()} == trainable
+    assert torch.equal(torch.cat([t.reshape(-1) for t in named.values()]), result.eigenvectors[1])
+    with pytest.raises(ArgumentError, match=r"holds no named eigenvectors. Call top_eigenvalues\(..., vectors=True\)"):
+        sharpness.top_eigenvalues(problem.model, problem.loader).named_vector(0)
+
+
+def test_the_three_doors_give_the_same_bits():
+    problem = tanh_net()
+    one = sharpness.top_eigenvalues(problem.model, problem.loader, k=3)
+    objective = Objective(problem.model, problem.loader)
+    two = linalg.lanczos(HessianOperator(objective), k=3)
+    shared = sharpness.top_eigenvalues(Objective(problem.model, problem.loader), k=3)
+    for other in (two, shared):
+        assert torch.equal(one.eigenvalues, other.eigenvalues)
+        assert torch.equal(one.residuals, other.residuals)
+
+
+def test_the_price_is_counted():
+    problem = tanh_net()
+    for memory in ("auto", 0):
+        result = sharpness.top_eigenvalues(problem.model, problem.loader, k=2, memory=memory)
+        assert result.num_passes == result.num_matvecs + 1  # and one look whether the loss stays the same
+        assert result.seconds > 0
+    assert result.settings["num_batches"] == 3
+    assert result.settings["num_terms"] == 11
+    assert result.settings["n"] == len(problem.hessian)
+    assert result.settings["loss"] == "cross-entropy (inferred)"
+
+
+def test_a_subset_is_said_to_be_one():
+    problem = tanh_net()
+    result = sharpness.top_eigenvalues(problem.model, problem.loader, max_batches=2)
+    alone = sharpness.top_eigenvalues(problem.model, problem.loader[:2])
+    assert torch.equal(result.eigenvalues, alone.eigenvalues)
+    assert result.settings["max_batches"] == 2
+    assert result.settings["num_terms"] == 8
+
+
+def test_a_random_loss_warns():
+    model = nn.Sequential(nn.Linear(3, 64), nn.Dropout(0.5), nn.Linear(64, 3)).double()
+    with pytest.warns(DeterminismWarning, match="changes from pass to pass"):
+        sharpness.top_eigenvalues(model, batches(features(3), torch.arange(11) % 3), mode="train")
+
+
+def test_not_converged_warns_or_raises():
+    problem = tanh_net()
+    with pytest.warns(ConvergenceWarning, match="lanczos spent 4 products"):
+        sharpness.top_eigenvalues(problem.model, problem.loader, k=3, num_matvecs=4)
+    with pytest.raises(ConvergenceError, match="lanczos spent 4 products") as caught:
+        sharpness.top_eigenvalues(problem.model, problem.loader, k=3, num_matvecs=4, on_failure="raise")
+    assert len(caught.value.result.eigenvalues) == 3
+
+
+def test_options_that_cannot_be_accepted():
+    problem = tanh_net()
+    n = len(problem.hessian)
+    model, loader = problem.model, problem.loader
+    with pytest.raises(
+        ArgumentError, match=rf"`k` must be between 1 and {n} \(the number of parameters\), got {n + 1}"
+    ):
+        sharpness.top_eigenvalues(model, loader, k=n + 1)
+    with pytest.raises(
+        ArgumentError, match="`method` must be one of 'lanczos', 'power', 'dense', 'pyhessian', got 'qr'"
+    ):
+        sharpness.top_eigenvalues(model, loader, method="qr")
+    with pytest.raises(ArgumentError, match="Did you mean 'largest'"):
+        sharpness.top_eigenvalues(model, loader, which="larges")
+    with pytest.raises(ArgumentError, match="`curvature` must be one of 'hessian'"):
+        sharpness.top_eigenvalues(model, loader, curvature="fisher")
+    with pytest.raises(ArgumentError, match=r"`loader` is missing. Pass \(model, loader\), or a single Objective"):
+        sharpness.top_eigenvalues(model)
+    with pytest.raises(ArgumentError, match="brings its own data and options, got mode, seed as well"):
+        sharpness.top_eigenvalues(Objective(model, loader), seed=3, mode="train")
+    with pytest.raises(ArgumentError, match='method="dense" would need'):
+        sharpness.top_eigenvalues(model, loader, method="dense", memory=100)
+
+
+# --- PyHessian -----------------------------------------------------------------------------------------------------
+
+
+def used_only(seed=0):
+    """A network that PyHessian can run on: every parameter is used."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def test_pyhessian_is_set_side_by_side_with_our_residuals():
+    model, loader = used_only(), batches(features(3), torch.arange(11) % 3)
+    exact = sharpness.top_eigenvalues(model, loader, k=2, which="magnitude", method="dense", vectors=True)
+    with assert_untouched(model):
+        result = sharpness.top_eigenvalues(
+            model,
+            loader,
+            k=2,
+            which="magnitude",
+            method="pyhessian",
+            tol=1e-8,
+            num_matvecs=2000,
+            vectors=True,
+            on_failure="ignore",
+        )
+    torch.testing.assert_close(result.eigenvalues, exact.eigenvalues, rtol=1e-3, atol=0)
+    operator = HessianOperator(Objective(model, loader))
+    for value, row, residual in zip(result.eigenvalues, result.eigenvectors, result.residuals, strict=True):
+        true = torch.linalg.vector_norm(operator @ row - value * row)
+        assert true <= residual <= true + 1e-12
+    assert 4 <= result.num_matvecs <= 2000
+    assert result.num_passes >= result.num_matvecs
+
+
+def test_pyhessian_that_stops_early_is_not_called_converged():
+    model, loader = used_only(), batches(features(3), torch.arange(11) % 3)
+    with pytest.warns(ConvergenceWarning, match="PyHessian stops when the value moves little, whatever the residual"):
+        result = sharpness.top_eigenvalues(model, loader, k=3, method="pyhessian", tol=1e-3)
+    assert not result.converged
+
+
+def test_what_pyhessian_cannot_do_is_refused():
+    model, loader = used_only(), batches(features(3), torch.arange(11) % 3)
+    ask = {"method": "pyhessian"}
+    with pytest.raises(ArgumentError, match="largest magnitude only, got which='smallest'"):
+        sharpness.top_eigenvalues(model, loader, which="smallest", **ask)
+    with pytest.raises(ArgumentError, match="eval mode only, got mode='train'"):
+        sharpness.top_eigenvalues(model, loader, mode="train", **ask)
+    with pytest.raises(ModelError, match=r"needs a loss \(outputs, targets\)"):
+        sharpness.top_eigenvalues(model, loader, batch_loss=lambda m, b: (m(b[0]).square().mean(), 1), **ask)
+    problem = tanh_net()
+    with assert_untouched(problem.model), pytest.raises(ModelError, match="PyHessian failed on this model"):
+        sharpness.top_eigenvalues(problem.model, problem.loader, **ask)  # an unused parameter
