@@ -28,7 +28,7 @@ from sharpness.errors import (
     StateWarning,
 )
 from sharpness.metrics import epsilon_sharpness, top_eigenvalues
-from sharpness.objective import Objective
+from sharpness.objective import Evaluation, Objective
 from sharpness.operators import HessianOperator
 from sharpness.results import (
     Comparison,
@@ -49,6 +49,7 @@ __all__ = [
     "DeterminismWarning",
     "EigenResult",
     "EpsilonSharpnessResult",
+    "Evaluation",
     "HessianOperator",
     "InterpolationResult",
     "ModelError",

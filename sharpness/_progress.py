@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from sharpness._checks import check_flag
 
@@ -14,7 +14,7 @@ def progress_bar(progress: bool | None, *, total: int | None, title: str, unit: 
     """Return a tqdm bar; ``None`` shows it where somebody is looking, after two seconds."""
     shown = (sys.stderr.isatty() or "ipykernel" in sys.modules) if progress is None else progress
     delay = 2.0 if progress is None else 0.0
-    return tqdm(total=total, desc=title, unit=unit, leave=False, disable=not shown, delay=delay)
+    return tqdm(total=total, desc=title, unit=unit, leave=False, disable=not shown, delay=delay, miniters=0)
 
 
 def check_progress(value: Any) -> bool | None:

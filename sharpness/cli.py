@@ -7,6 +7,8 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from sharpness import demo
 from sharpness._version import __version__
 from sharpness.errors import SharpnessError
@@ -52,5 +54,6 @@ def _demo(options: argparse.Namespace) -> int:
         print('no figure: matplotlib is missing (pip install "sharpness[plot]")', file=sys.stderr)
         plot = None
     progress = False if options.quiet else None
+    torch.set_num_threads(1)  # the networks are so small that threads would mostly wait for each other
     demo.run(seeds=options.seeds, json_path=options.json, plot_path=plot, progress=progress)
     return 0

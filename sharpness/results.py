@@ -109,7 +109,8 @@ class EpsilonSharpnessResult(Record):
         loss: Loss of the model as it is.
         max_loss: Largest loss evaluated in the box.
         stderr: Standard error over subspace draws; ``None`` in the full space, where nothing is drawn.
-        starts: One dict per start: ``max_loss`` found from it, ``iterations``, ``evaluations``, ``message``.
+        starts: One dict per start: ``max_loss`` and ``value`` reached from it, ``iterations``, ``climbs``,
+            ``evaluations``, and the solver's last ``message``.
         num_evaluations: Evaluations of loss and gradient, each one pass over the data.
         num_passes: Passes over the data.
         seconds: Wall time.
@@ -173,9 +174,13 @@ class ComparisonRow(Record):
 
     Attributes:
         name: The model's name, or the batch size.
-        train_loss, test_loss: Mean loss; the latter ``None`` without test data.
-        train_accuracy, test_accuracy: Fraction classified correctly; ``None`` where there are no classes.
-        epochs, updates, seconds: What the training took; ``None`` for a model that was given trained.
+        train_loss: Mean loss over the training data.
+        test_loss: Mean loss over the test data; ``None`` without any.
+        train_accuracy: Fraction of the training data classified correctly; ``None`` where there are no classes.
+        test_accuracy: Likewise for the test data.
+        epochs: Epochs that the training took; ``None`` for a model that was given trained.
+        updates: Steps of the optimizer, likewise.
+        seconds: Wall time of the training, likewise.
         metrics: Name of each metric -> its value over the seeds.
         records: Name of each metric -> the record of each seed, with its doubt, price and provenance.
     """
@@ -250,7 +255,9 @@ class Comparison(Record):
             titles = list(filled)[1:]
             body.append([f"{self.rows[-1].name} / {self.rows[0].name}", *(last.get(title, "") for title in titles)])
         text = [["" if cell is None else str(cell) for cell in line] for line in body]
-        return tabulate(text, headers=[title.replace("_", " ") for title in filled], tablefmt=tablefmt)
+        return tabulate(
+            text, headers=[title.replace("_", " ") for title in filled], tablefmt=tablefmt, disable_numparse=True
+        )
 
     def plot(self, ax: Axes | None = None, *, metric: str | None = None, **style: Any) -> Axes:
         """Draw one metric (the first if ``None``) of each row on ``ax`` and return the axes."""
@@ -273,8 +280,10 @@ class InterpolationResult(Record):
 
     Attributes:
         alphas: ``(m,)`` positions; 0 is the first model, 1 the second.
-        train_loss, train_accuracy: ``(m,)`` on the loader; the latter ``None`` where there are no classes.
-        test_loss, test_accuracy: ``(m,)`` on the test loader, or ``None``.
+        train_loss: ``(m,)`` on the loader.
+        train_accuracy: ``(m,)`` on the loader; ``None`` where there are no classes.
+        test_loss: ``(m,)`` on the test loader; ``None`` without one.
+        test_accuracy: Likewise.
         barrier: Largest excess of the training loss, for alpha in [0, 1], over the straight line between the
             losses of the two models.
         num_passes: Passes over the data.

@@ -124,9 +124,7 @@ def compare_batch_sizes(
                             stop_loss=stop_loss,
                             max_epochs=max_epochs,
                             seed=run,
-                            report=lambda epoch, loss, size=size, run=run: bar.set_postfix_str(  # type: ignore[misc]
-                                f"batch {size}, seed {run}, epoch {epoch}, loss {loss:.2e}"
-                            ),
+                            report=_reporter(bar, size, run),
                         )
                     )
                 models[size].append(model)
@@ -176,6 +174,16 @@ def compare_batch_sizes(
             "lr_scaling": lr_scaling,
         },
     )
+
+
+def _reporter(bar: Any, size: int, run: int) -> Callable[[int, float], None]:
+    """Return what shows the state of one training beside the bar of the whole grid."""
+
+    def report(epoch: int, loss: float) -> None:
+        bar.set_postfix_str(f"batch {size}, seed {run}, epoch {epoch}, loss {loss:.2e}", refresh=False)
+        bar.update(0)
+
+    return report
 
 
 def _check_batch_sizes(batch_sizes: Any, num_samples: int) -> list[int]:

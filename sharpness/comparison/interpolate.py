@@ -16,8 +16,8 @@ from sharpness._progress import progress_bar
 from sharpness.errors import ArgumentError
 from sharpness.metrics.door import provenance
 from sharpness.objective import Evaluation, Objective
+from sharpness.objective.functional import unwrap
 from sharpness.objective.losses import BatchLoss, LossFn
-from sharpness.objective.objective import unwrap
 from sharpness.results import InterpolationResult, as_float64
 
 BATCH_NORM = ("recompute", "interpolate", "keep")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-import warnings
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from torch import Tensor
 
 from sharpness._checks import check_choice
+from sharpness._warn import warn
 from sharpness.errors import ConvergenceError, ConvergenceWarning
 from sharpness.linalg.bounds import kato_temple, residual_interval
 from sharpness.linalg.operator import LinearOperator
@@ -66,5 +66,5 @@ def answer(
         message = f"{settings['method']} spent {num_matvecs} products, and {reason}. {hint}"
         if on_failure == "raise":
             raise ConvergenceError(message, result)
-        warnings.warn(message, ConvergenceWarning, stacklevel=4)
+        warn(message, ConvergenceWarning)
     return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from sharpness._checks import check_choice, check_count, check_positive
 from sharpness._progress import progress_bar
+from sharpness._warn import warn
 from sharpness.errors import ConvergenceError, ConvergenceWarning, ModelError
 from sharpness.linalg.answer import OnFailure, check_on_failure
 from sharpness.metrics.door import open_objective, provenance
@@ -87,8 +87,8 @@ def epsilon_sharpness(
         NonFiniteError: If the loss or gradient is NaN or infinite; names the batch.
         ConvergenceError: If no start rose above the model's own loss and ``on_failure="raise"``.
 
-    Cost: one gradient over the data per evaluation, about ``num_starts * (max_iter + 1)`` of them; about 25 float64
-    vectors for the solver.
+    Cost: one gradient over the data per evaluation, of which there are between ``num_starts * max_iter`` and about
+    twice as many; about 25 float64 vectors for the solver.
 
     References:
         Keskar et al. (2017), arXiv 1609.04836, Metric 2.1; Byrd et al. (1995), doi:10.1137/0916069.
@@ -152,7 +152,7 @@ def epsilon_sharpness(
         )
         if on_failure == "raise":
             raise ConvergenceError(message, result)
-        warnings.warn(message, ConvergenceWarning, stacklevel=2)
+        warn(message, ConvergenceWarning)
     return result
 
 

@@ -9,7 +9,6 @@ products while memory lasts, which saves two of the four passes that a product c
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +20,12 @@ from torch.func import functional_call
 
 from sharpness._checks import check_choice, check_count, check_memory, check_seed
 from sharpness._progress import check_progress
+from sharpness._warn import warn
 from sharpness.errors import ArgumentError, DataError, DeterminismWarning, ModelError, NonFiniteError
 from sharpness.objective.batch_sum import BatchSum
 from sharpness.objective.data import Batches
 from sharpness.objective.first_order import FirstOrder
+from sharpness.objective.functional import LossModule, measurable, unwrap
 from sharpness.objective.guard import MODES, guarded, reseed, twice_differentiable
 from sharpness.objective.losses import BatchLoss, Criterion, LossFn, Terms
 from sharpness.objective.memory import Budget
@@ -36,7 +37,12 @@ _SLACK = {torch.float32: 1e-5, torch.float64: 1e-10}  # relative change of the l
 @final
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss and accuracy over the whole data; ``accuracy`` is ``None`` where there are no classes."""
+    """Loss and accuracy over the whole data.
+
+    Attributes:
+        loss: Mean over all loss terms.
+        accuracy: Fraction classified correctly; ``None`` where there are no classes.
+    """
 
     loss: float
     accuracy: float | None
@@ -65,6 +71,13 @@ class Objective:
         progress: Show progress bars; ``None`` shows them on a terminal after two seconds.
         memory: Bytes (or ``"2GiB"``) that may be kept between products; ``0`` keeps nothing, ``"auto"`` up to half
             of what is free.
+
+    Attributes:
+        model: The module itself, without wrappers.
+        parameters: Which parameters are measured, and how they line up in a vector.
+        num_passes: Passes over the data so far.
+        num_terms: Loss terms in the data, once walked.
+        unused: Names of the parameters that the loss does not depend on, once a product was made.
 
     Raises:
         ArgumentError: If an option cannot be accepted.
@@ -107,7 +120,7 @@ class Objective:
         self.num_passes = 0
         self.num_terms: float | None = None
         self.unused: tuple[str, ...] = ()
-        self._caller = _Caller(self.model, self.criterion)
+        self._caller = LossModule(self.model, self.criterion)
         self._depth = 0
         self._graphs: dict[int, FirstOrder] = {}
         self._leaves: list[Tensor] = []
@@ -123,7 +136,7 @@ class Objective:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype of the flat vectors: float64 if a parameter is, else float32."""
+        """Return the dtype of the flat vectors, float64 if a parameter is, else float32."""
         return self.parameters.dtype
 
     @property
@@ -201,12 +214,11 @@ class Objective:
                 again = self._evaluate(None, draw=1).loss
             self._loss, self._checked = first, True
             if abs(first - again) > _SLACK[self.dtype] * max(abs(first), abs(again), 1e-3):
-                warnings.warn(
+                warn(
                     f"the loss changes from pass to pass: {first:.6g}, then {again:.6g} (difference "
                     f"{abs(first - again):.2g}). The answer is that of one fixed draw. Turn off augmentation and "
                     "dropout, and do not shuffle together with max_batches or with batch statistics.",
                     DeterminismWarning,
-                    stacklevel=4,
                 )
 
     def release(self) -> None:
@@ -342,13 +354,13 @@ class Objective:
             if at.shape != (self.n,):
                 raise ArgumentError(f"the point must be a vector of {self.n} entries, got shape {tuple(at.shape)}.")
             pieces = self.parameters.split(at.detach().to(self.device))
-            own = [piece.to(p.dtype) for piece, p in zip(pieces, map(_measurable, own), strict=True)]
-        return [_measurable(tensor).view_as(tensor).requires_grad_(True) for tensor in own]
+            own = [piece.to(p.dtype) for piece, p in zip(pieces, map(measurable, own), strict=True)]
+        return [measurable(tensor).view_as(tensor).requires_grad_(True) for tensor in own]
 
     def _tensors(self, leaves: Sequence[Tensor], others: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Return what to put in the places of the model's parameters and buffers."""
-        fixed = {name: _measurable(p.detach()) for name, p in self.model.named_parameters()}
-        own = {name: _measurable(b.detach()).clone() for name, b in self.model.named_buffers()}
+        fixed = {name: measurable(p.detach()) for name, p in self.model.named_parameters()}
+        own = {name: measurable(b.detach()).clone() for name, b in self.model.named_buffers()}
         chosen = dict(zip(self.parameters.names, leaves, strict=True))
         return {f"model.{name}": tensor for name, tensor in {**fixed, **own, **chosen, **(others or {})}.items()}
 
@@ -356,35 +368,3 @@ class Objective:
         """Return everything of the model that the loss depends on."""
         flags = torch.tensor([module.training for module in self.model.modules()])
         return [*self.model.parameters(), *self.model.buffers(), flags]
-
-
-@final
-class _Caller(nn.Module):
-    """The loss of a batch as the output of a module, so that the model's tensors can be exchanged for the call."""
-
-    def __init__(self, model: nn.Module, criterion: Criterion) -> None:
-        super().__init__()
-        self.model = model
-        self._criterion = criterion
-
-    def forward(self, batch: Any) -> Terms:
-        return self._criterion(self.model, batch)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner: Any = model.module
-        else:
-            inner = getattr(model, "_orig_mod", None)
-        if inner is None:
-            return model
-        model = inner
-
-
-def _measurable(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` as autograd can use it: half precision as float32, no inference tensors."""
-    if tensor.dtype in (torch.float16, torch.bfloat16):
-        return tensor.float()
-    return tensor.clone() if tensor.is_inference() else tensor

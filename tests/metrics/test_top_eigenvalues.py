@@ -101,6 +101,19 @@ def test_not_converged_warns_or_raises():
     assert len(caught.value.result.eigenvalues) == 3
 
 
+def test_warnings_point_at_the_line_of_the_caller():
+    problem = tanh_net()
+    calls = [
+        lambda: sharpness.top_eigenvalues(problem.model, problem.loader, k=3, num_matvecs=4),
+        lambda: sharpness.top_eigenvalues(problem.model, problem.loader, k=3, num_matvecs=6, method="power"),
+        lambda: linalg.lanczos(HessianOperator(Objective(problem.model, problem.loader)), 3, num_matvecs=4),
+    ]
+    for call in calls:
+        with pytest.warns(ConvergenceWarning) as caught:
+            call()
+        assert caught[0].filename == __file__
+
+
 def test_options_that_cannot_be_accepted():
     problem = tanh_net()
     n = len(problem.hessian)
