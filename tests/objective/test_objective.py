@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 import torch
@@ -216,6 +217,10 @@ def test_augmentation_and_shuffled_subsets_warn_and_are_one_fixed_draw():
     for loader, options in (
         (DataLoader(Augmented(x, y, 0.5), batch_size=4), {}),
         (DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True), {"max_batches": 1}),
+        (
+            DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True, generator=torch.Generator()),
+            {"max_batches": 1},
+        ),
     ):
         for memory in ("auto", 0):
             objective = Objective(problem.model, loader, memory=memory, **options)
@@ -223,6 +228,34 @@ def test_augmentation_and_shuffled_subsets_warn_and_are_one_fixed_draw():
             with pytest.warns(DeterminismWarning, match="Turn off augmentation"):
                 objective.check()
             objective.check()  # once is enough
+
+
+def test_graphs_are_never_mixed_with_batches_of_another_order():
+    """A loader whose order nobody can fix, with batches too large to keep but graphs that would fit."""
+    problem = tanh_net()
+    x, y = (torch.cat(parts) for parts in zip(*problem.loader, strict=True))
+
+    class Wild:
+        order = random.Random(3)
+
+        def __iter__(self):
+            positions = torch.tensor(self.order.sample(range(len(x)), len(x)))
+            for part in positions.split(4):
+                yield {"x": x[part], "labels": y[part], "large": torch.zeros(10**5)}
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = problem.model
+
+        def forward(self, x):
+            return self.inner(x)
+
+    objective = Objective(Named(), Wild(), memory=10**6)
+    v = torch.ones(objective.n, dtype=torch.float64)
+    for _ in range(3):
+        torch.testing.assert_close(objective.hvp(v), problem.hessian @ v)
+    assert objective.provenance()["kept_graphs"] == 0
 
 
 def test_loaders_that_cannot_be_used():
