@@ -78,10 +78,8 @@ def dense(
     symmetric = (matrix + matrix.T) / 2
     theta, rows = torch.linalg.eigh(symmetric)
     scale = theta.abs().max().item()
-    asymmetry = torch.linalg.matrix_norm(matrix - symmetric).item()
     floor = rounding_level(operator.dtype, scale)
-    rounding = floor + asymmetry
-    bounds = torch.linalg.vector_norm(matrix @ rows - rows * theta, dim=0).numpy() + rounding
+    bounds = torch.linalg.vector_norm(matrix @ rows - rows * theta, dim=0).numpy() + floor
     values = theta.numpy()
     chosen = select(values, which, k)
     kept = rows.T[torch.as_tensor(chosen.copy())].to(dtype=operator.dtype, device=operator.device)
@@ -90,7 +88,7 @@ def dense(
         theta=values,
         residuals=bounds,
         wanted=chosen,
-        rounding=rounding,
+        rounding=floor,
         good=accurate(values, bounds, tol=tol, floor=floor),
         tol=tol,
         num_matvecs=n,

@@ -43,6 +43,11 @@ def test_the_losses_are_matched_from_just_below_the_stop():
         assert min(row.train_loss.values) > 0.05 / 1.5
 
 
+def test_near_the_stop_a_small_batch_is_looked_at_within_an_epoch():
+    row = run(batch_sizes=(1,), seeds=3).rows[0]
+    assert any(updates % 30 for updates in row.updates.values)
+
+
 def test_all_batch_sizes_start_from_the_same_weights_and_seeds_differ():
     made = []
 

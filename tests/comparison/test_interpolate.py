@@ -67,6 +67,7 @@ def test_recomputed_statistics_are_those_of_the_activations_in_between():
         model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)).double()
         nn.init.eye_(model[0].weight)
         nn.init.constant_(model[0].bias, shift)
+        model[1].num_batches_tracked += 5
         return model.eval()  # running statistics (0, 1) are those of neither
 
     x, y = features(3), torch.arange(11) % 3

@@ -119,11 +119,28 @@ def test_the_basis_stays_orthonormal_and_obeys_the_recurrence():
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_basis_made_of_random_starts_is_orthonormal_to_the_last_row(dtype):
+    space = KrylovSpace(DenseOperator(torch.zeros(60, 60, dtype=dtype)), torch.Generator().manual_seed(0))
+    for _ in range(60):
+        space.extend()
+    q = space.vectors(np.eye(60)).double()
+    level = 10 * torch.finfo(dtype).eps
+    torch.testing.assert_close(q @ q.T, torch.eye(60, dtype=torch.float64), rtol=0, atol=level)
+
+
 def test_long_runs_have_no_ghost_copies():
     values = torch.cat([torch.tensor([100.0, 50, 20]), torch.linspace(0, 1, 197)]).double()
     result = lanczos(DenseOperator(rotated(values).float()), 30, on_failure="ignore")
     assert (result.eigenvalues[:3] - values[:3]).abs().max() < 1e-2
     assert result.eigenvalues[3] < 1.01  # hessian-eigenthings finds 100.0 ten times here
+
+
+def test_the_other_end_is_waited_for_when_the_largest_in_magnitude_are_wanted():
+    """Here the negative end converges first, while the second largest in magnitude is positive and still growing."""
+    values = torch.randn(57, generator=torch.Generator().manual_seed(137), dtype=torch.float64)
+    result = lanczos(DenseOperator(rotated(values, 137)), 2, which="magnitude")
+    assert contains(result.interval, values[values.abs().argsort(descending=True)][:2])
 
 
 def test_breakdown_is_relative_to_the_scale_of_the_operator():
@@ -156,6 +173,12 @@ def test_not_converged_warns_with_the_numbers_or_raises_with_the_result():
     with pytest.raises(ConvergenceError, match="spent 5 products") as caught:
         lanczos(operator, 2, num_matvecs=5, tol=1e-6, on_failure="raise")
     torch.testing.assert_close(caught.value.result.eigenvalues, result.eigenvalues)
+
+
+def test_the_default_budget_is_what_the_docstring_says():
+    values = torch.linspace(0, 1, 600, dtype=torch.float64)
+    operator = FunctionOperator(lambda v: values * v, 600, dtype=torch.float64)
+    assert lanczos(operator, tol=1e-15, on_failure="ignore").num_matvecs <= 220
 
 
 def test_a_budget_that_ends_before_the_complement_is_searched_is_not_called_converged():

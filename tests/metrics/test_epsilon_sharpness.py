@@ -1,7 +1,9 @@
 """Keskar's Metric 2.1 against its closed forms."""
 
 import itertools
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -119,11 +121,22 @@ def test_the_best_point_is_kept_and_lies_in_the_box():
     model = Watched()
     center = sharpness.Objective(model, problem.loader).vector()
     whole = [tuple(torch.cat(parts) for parts in zip(*problem.loader, strict=True))]
-    result = sharpness.epsilon_sharpness(model, whole, epsilon=1e-2)
+    result = sharpness.epsilon_sharpness(model, whole, epsilon=2.0)  # so large that the search overshoots
     objective = sharpness.Objective(model, whole)
     points = [point for point in seen if not torch.equal(point, center)]
-    assert all(((point - center).abs() <= 1e-2 * (center.abs() + 1) * (1 + 1e-12)).all() for point in points)
+    assert all(((point - center).abs() <= 2.0 * (center.abs() + 1) * (1 + 1e-12)).all() for point in points)
     assert result.max_loss == pytest.approx(max(objective.value(point) for point in points), rel=1e-12)
+
+
+def test_a_solver_that_ends_below_what_it_has_seen_loses_nothing(monkeypatch):
+    def overshoots(function, start, **options):
+        function(np.ones_like(start))  # a corner
+        function(np.zeros_like(start))  # the model itself
+        return SimpleNamespace(nit=10, message="overshot")
+
+    monkeypatch.setattr("sharpness.metrics.epsilon.minimize", overshoots)
+    model = Quadratic(torch.diag(H), torch.zeros(6, dtype=torch.float64))
+    assert measure(model).value == pytest.approx(50 * 1e-4 * H.sum().item(), rel=1e-9)
 
 
 def test_more_starts_never_find_less_and_begin_the_same():
