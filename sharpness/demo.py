@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def run(
     """
     for path in (json_path, plot_path):
         check_writable(path)
+    if plot_path is not None:
+        check_picture(plot_path)
     train_set, test_set = digits()
     models: dict[tuple[int, int], nn.Module] = {}
     comparison = compare_batch_sizes(
@@ -66,7 +69,7 @@ def run(
     print(_table(comparison))
     for warning in comparison.warnings:
         print(f"warning: {warning}")
-    print(f"\n{conclusion(comparison)}")
+    print("\n" + textwrap.fill(conclusion(comparison), width=100))
     if json_path is not None:
         document = {"comparison": comparison.to_dict(), "interpolation": line.to_dict()}
         Path(json_path).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
@@ -99,7 +102,10 @@ def _table(comparison: Comparison) -> str:
     headers = ["", *(f"batch {row.name}" for row in comparison.rows), "large / small"]
     count = len(small.train_loss.values)
     table = tabulate([[str(cell) for cell in line] for line in lines], headers=headers, disable_numparse=True)
-    return f"{table}\n(mean ± standard deviation over {count} seeds; each ratio is taken seed by seed)"
+    note = (
+        f"mean ± standard deviation over {count} seeds; each ratio is taken seed by seed" if count > 1 else "one seed"
+    )
+    return f"{table}\n({note})"
 
 
 def _percent(spread: Spread | None) -> Spread:
@@ -117,7 +123,9 @@ def conclusion(comparison: Comparison) -> str:
     ratio = comparison.ratios[_EIGENVALUE][-1]
     every = all(value > 1 for value in ratio.values)
     none = all(value <= 1 for value in ratio.values)
-    if every:
+    if len(ratio.values) == 1:
+        first = f"With this one seed the large batch's top eigenvalue is {ratio.mean:.1f} times that of the small batch"
+    elif every:
         first = (
             f"With every seed the large batch ended in the sharper minimum: its top eigenvalue is on average "
             f"{ratio.mean:.1f} times that of the small batch ({min(ratio.values):.1f} to {max(ratio.values):.1f})"
@@ -133,7 +141,8 @@ def conclusion(comparison: Comparison) -> str:
     gaps = [100 * (a - b) for a, b in pairs]
     gap, count = Spread.of(gaps), len(gaps)
     if count < 2:
-        return f"{first} The test accuracies differ by {abs(gap.mean):.2f} percentage points, from a single seed."
+        second = f"The test accuracies differ by {abs(gap.mean):.2f} percentage points, from a single seed"
+        return f"{first} {second}; one small data set and one architecture prove no law."
     half = float(student_t.ppf(0.975, count - 1)) * gap.std / math.sqrt(count)
     size = f"{abs(gap.mean):.2f} percentage points (95 % interval ± {half:.2f} from {count} seeds)"
     if abs(gap.mean) <= half:
@@ -173,4 +182,20 @@ def check_writable(path: str | os.PathLike[str] | None) -> None:
     ):
         raise ArgumentError(
             f"{os.fspath(path)!r} cannot be written. Choose a file in a folder that exists and is yours."
+        )
+
+
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Refuse a kind of picture that matplotlib cannot write.
+
+    Raises:
+        ArgumentError: If the file's ending is none that it knows.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    ending = Path(path).suffix.removeprefix(".").lower()
+    if ending and ending not in kinds:
+        raise ArgumentError(
+            f"{os.fspath(path)!r} is no kind of picture known here. Use one of {', '.join(sorted(kinds))}."
         )

@@ -7,7 +7,6 @@ Each has four groups of fields under the same names everywhere: the value; the d
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,8 @@ from sharpness.errors import ArgumentError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_SHOWN = 6  # eigenvalues in a repr
 
 __all__ = [
     "Comparison",
@@ -72,9 +73,10 @@ class EigenResult(Record):
 
     def __repr__(self) -> str:
         half = ((self.interval[:, 1] - self.interval[:, 0]) / 2).tolist()
-        pairs = ", ".join(
-            f"{value:.4g} ± {width:.1g}" for value, width in zip(self.eigenvalues.tolist(), half, strict=True)
-        )
+        found = list(zip(self.eigenvalues.tolist(), half, strict=True))
+        pairs = ", ".join(f"{value:.4g} ± {width:.1g}" for value, width in found[:_SHOWN])
+        if len(found) > _SHOWN:
+            pairs += f", ... {len(found)} in all"
         state = "converged" if self.converged else "NOT converged"
         return f"EigenResult([{pairs}], {state} in {self.num_matvecs} matvecs)"
 
@@ -164,7 +166,12 @@ class Spread(Record):
         return cls(mean=float(np.mean(kept)) if kept else math.nan, std=std, values=kept)
 
     def __repr__(self) -> str:
-        return f"{self.mean:.4g}" if math.isnan(self.std) else f"{self.mean:.4g} ± {self.std:.2g}"
+        if not math.isfinite(self.std) or not math.isfinite(self.mean) or not self.std:
+            return f"{self.mean:.4g}"
+        decimals = 1 - math.floor(math.log10(self.std))  # two digits of the spread, and the mean to the same place
+        if -4 < decimals < 8:
+            return f"{self.mean:.{max(decimals, 0)}f} ± {self.std:.{max(decimals, 0)}f}"
+        return f"{self.mean:.3e} ± {self.std:.1e}"
 
 
 @final
@@ -255,9 +262,7 @@ class Comparison(Record):
             titles = list(filled)[1:]
             body.append([f"{self.rows[-1].name} / {self.rows[0].name}", *(last.get(title, "") for title in titles)])
         text = [["" if cell is None else str(cell) for cell in line] for line in body]
-        return tabulate(
-            text, headers=[title.replace("_", " ") for title in filled], tablefmt=tablefmt, disable_numparse=True
-        )
+        return tabulate(text, headers=list(filled), tablefmt=tablefmt, disable_numparse=True)
 
     def plot(self, ax: Axes | None = None, *, metric: str | None = None, **style: Any) -> Axes:
         """Draw one metric (the first if ``None``) of each row on ``ax`` and return the axes."""
@@ -270,7 +275,7 @@ def _percent(spread: Spread | None) -> str | None:
     if spread is None:
         return None
     scaled = Spread.of(100 * value for value in spread.values)
-    return f"{scaled.mean:.2f} %" if math.isnan(scaled.std) else f"{scaled.mean:.2f} ± {scaled.std:.2f} %"
+    return f"{scaled!r} %"
 
 
 @final
@@ -310,11 +315,6 @@ class InterpolationResult(Record):
         from sharpness.plotting import plot_interpolation
 
         return plot_interpolation(self, ax=ax, **style)
-
-
-def replace(record: EigenResult, **changes: Any) -> EigenResult:
-    """Return a copy of ``record`` with some fields changed."""
-    return dataclasses.replace(record, **changes)
 
 
 def as_float64(values: Any) -> Tensor:

@@ -108,7 +108,7 @@ def table(small, large, accuracies):
             ([0.97, 0.97, 0.97], [0.97, 0.97, 0.97]),
             ["depends on the seed", "cannot tell from nothing"],
         ),
-        ([1], [4], ([0.97], [0.95]), ["With every seed", "from a single seed"]),
+        ([1], [4], ([0.97], [0.95]), ["With this one seed", "from a single seed", "prove no law"]),
     ],
 )
 def test_the_conclusion_says_what_was_found(small, large, accuracies, expected):

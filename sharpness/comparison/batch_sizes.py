@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sharpness._checks import check_choice, check_count, check_positive, check_seed
+from sharpness._checks import check_choice, check_count, check_memory, check_positive, check_seed
 from sharpness._progress import check_progress, progress_bar
 from sharpness.comparison.compare import Metric, check_metrics, compare
 from sharpness.comparison.train import (
@@ -24,7 +24,7 @@ from sharpness.comparison.train import (
 )
 from sharpness.errors import ArgumentError
 from sharpness.objective.guard import own_randomness
-from sharpness.objective.losses import LossFn
+from sharpness.objective.losses import Criterion, LossFn
 from sharpness.results import Comparison, Spread
 
 LR_SCALING: dict[str, Callable[[float], float]] = {"none": lambda ratio: 1.0, "linear": float, "sqrt": math.sqrt}
@@ -91,6 +91,15 @@ def compare_batch_sizes(
         Keskar et al. (2017), arXiv 1609.04836; Goyal et al. (2017), arXiv 1706.02677 (linear scaling); Hoffer et al.
         (2017), arXiv 1705.08741 (square root).
     """
+    if isinstance(make_model, nn.Module) or not callable(make_model):
+        raise ArgumentError(
+            f"`make_model` must be a function that returns a new model, got {type(make_model).__name__}. "
+            "Pass lambda: MyModel(), so that each training starts from a model of its own."
+        )
+    if on_trained is not None and not callable(on_trained):
+        raise ArgumentError(f"`on_trained` must be callable, got {type(on_trained).__name__}.")
+    Criterion(loss_fn, None)
+    check_memory(memory)
     train_data, test_data = as_dataset("train_set", train_set), as_dataset("test_set", test_set)
     sizes = _check_batch_sizes(batch_sizes, len(train_data))  # type: ignore[arg-type]
     check_count("seeds", seeds)

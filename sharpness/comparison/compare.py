@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -139,12 +140,14 @@ def check_metrics(metrics: Any) -> None:
     _calls(metrics)
 
 
-def _groups(models: Any) -> dict[str, list[nn.Module]]:
+def _groups(models: Any) -> dict[str, Sequence[nn.Module]]:
     if not isinstance(models, Mapping) or not models:
         raise ArgumentError(
             f'`models` must map names to trained models, got {type(models).__name__}. Pass {{"small": model, ...}}.'
         )
-    groups = {str(name): [group] if isinstance(group, nn.Module) else list(group) for name, group in models.items()}
+    groups: dict[str, Sequence[nn.Module]] = {
+        str(name): group if isinstance(group, (list, tuple)) else [group] for name, group in models.items()
+    }
     for name, group in groups.items():
         if not group or not all(isinstance(model, nn.Module) for model in group):
             raise ArgumentError(f"`models`: {name!r} must be a torch.nn.Module or a list of them.")
@@ -167,6 +170,13 @@ def _calls(metrics: Any) -> dict[str, Callable[[Objective], Record]]:
             raise ArgumentError(
                 f"`metrics` holds {pair[0]!r}; the names are {', '.join(METRICS)}.{nearest(str(pair[0]), METRICS)}"
             )
+    for name, given in pairs:
+        known = [p for p in inspect.signature(METRICS[name]).parameters if p not in ("model", "loader", "loss_fn")]
+        for option in given:
+            if option not in known:
+                raise ArgumentError(
+                    f"`metrics` asks {name} for {option!r}, which is not an option of it.{nearest(str(option), known)}"
+                )
     names = [name for name, _ in pairs]
 
     def bind(function: Callable[..., Record], given: Mapping[str, Any]) -> Callable[[Objective], Record]:

@@ -80,18 +80,20 @@ def interpolate(
     """
     check_choice("path", path, ("linear", "curved"))
     check_choice("batch_norm", batch_norm, BATCH_NORM)
-    positions = [float(alpha) for alpha in (torch.linspace(-1, 2, 25) if alphas is None else alphas)]
-    if not positions or not all(map(math.isfinite, positions)):
-        raise ArgumentError(f"`alphas` must be finite numbers, at least one, got {alphas!r}.")
+    positions = _positions(alphas)
     options: dict[str, Any] = {"batch_loss": batch_loss, "mode": mode, "max_batches": max_batches, "seed": seed}
     train = Objective(model_a, loader, loss_fn, memory=memory, progress=progress, **options)
     test = None
     if test_loader is not None:
         test = Objective(model_a, test_loader, loss_fn, memory=memory, **{**options, "max_batches": None})
     start, end = _tensors(model_a), _tensors(model_b)
-    if [(name, t.shape) for name, t in start.items()] != [(name, t.shape) for name, t in end.items()]:
-        different = sorted(set(start) ^ set(end)) or [name for name in start if start[name].shape != end[name].shape]
-        raise ArgumentError(f"the two models differ in architecture, at {different[0]!r} first; they must be alike.")
+    kinds_a, kinds_b = ({name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (start, end))
+    if kinds_a != kinds_b:
+        different = sorted(set(start) ^ set(end)) or [name for name in start if kinds_a[name] != kinds_b[name]]
+        raise ArgumentError(
+            f"the two models differ in architecture, at {different[0]!r} first; they must be alike in names, shapes "
+            "and dtypes."
+        )
 
     started = time.perf_counter()
     moving = {name for name, _ in train.model.named_parameters()}
@@ -143,6 +145,16 @@ def interpolate(
         seconds=time.perf_counter() - started,
         settings=provenance(train, {"path": path, "batch_norm": batch_norm}),
     )
+
+
+def _positions(alphas: Any) -> list[float]:
+    try:
+        positions = [float(alpha) for alpha in (torch.linspace(-1, 2, 25) if alphas is None else alphas)]
+    except (TypeError, ValueError):
+        positions = []
+    if not positions or not all(map(math.isfinite, positions)):
+        raise ArgumentError(f"`alphas` must be a list of finite numbers, at least one, got {alphas!r}.")
+    return positions
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from sharpness.errors import ArgumentError, NonFiniteError
 from sharpness.objective import Objective
+from sharpness.objective.data import map_tensors
 from sharpness.objective.losses import LossFn
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -40,8 +41,12 @@ def as_dataset(name: str, data: Any) -> Dataset[Any]:
     Raises:
         ArgumentError: If it is neither.
     """
-    if isinstance(data, (tuple, list)) and data and all(isinstance(item, Tensor) for item in data):
-        return TensorDataset(*data)
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(item, Tensor) for item in data):
+        if data[0].shape[:1] != data[1].shape[:1]:
+            raise ArgumentError(
+                f"`{name}` has {len(data[0])} inputs and {len(data[1])} targets; there must be as many of both."
+            )
+        data = TensorDataset(*data)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (DataLoader, list, tuple)):
         if not len(data):
             raise ArgumentError(f"`{name}` is empty; at least one sample is needed.")
@@ -71,7 +76,13 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Return an optimizer by name, or by the user's factory."""
     if callable(kind):
-        return kind(parameters)
+        made = kind(parameters)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise ArgumentError(
+                f"`optimizer` must return a torch.optim.Optimizer, got {type(made).__name__}. "
+                "Pass lambda parameters: torch.optim.SGD(parameters, lr=0.1), say."
+            )
+        return made
     if kind == "adam":
         return torch.optim.Adam(parameters, lr=lr)
     return torch.optim.SGD(parameters, lr=lr, momentum=momentum)
@@ -128,12 +139,11 @@ def train(
     )
 
 
-def _update(model: nn.Module, objective: Objective, optimizer: torch.optim.Optimizer, batch: Sequence[Tensor]) -> None:
+def _update(model: nn.Module, objective: Objective, optimizer: torch.optim.Optimizer, batch: Any) -> None:
     """Take one step on one batch."""
-    inputs, targets = (item.to(objective.device) for item in batch)
     model.train()
     optimizer.zero_grad()
-    terms = objective.criterion(model, (inputs, targets))
+    terms = objective.criterion(model, map_tensors(lambda tensor: tensor.to(objective.device), batch))
     (terms.total / terms.weight).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
 

@@ -2,11 +2,10 @@
 
 from sharpness.linalg.dense import dense
 from sharpness.linalg.lanczos import lanczos
-from sharpness.linalg.operator import DeflatedOperator, DenseOperator, FunctionOperator, LinearOperator
+from sharpness.linalg.operator import DenseOperator, FunctionOperator, LinearOperator
 from sharpness.linalg.power import power_iteration
 
 __all__ = [
-    "DeflatedOperator",
     "DenseOperator",
     "FunctionOperator",
     "LinearOperator",

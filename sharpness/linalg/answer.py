@@ -11,9 +11,12 @@ from torch import Tensor
 from sharpness._checks import check_choice
 from sharpness._warn import warn
 from sharpness.errors import ConvergenceError, ConvergenceWarning
-from sharpness.linalg.bounds import kato_temple, residual_interval
+from sharpness.linalg.bounds import accurate, kato_temple, residual_interval
 from sharpness.linalg.operator import LinearOperator
 from sharpness.results import EigenResult, as_float64
+
+_UNMEASURED = 8.0  # times the usual rounding, where it could not be measured
+_SAFETY = 4.0  # the rounding error is measured on some of the samples
 
 OnFailure: TypeAlias = Literal["warn", "raise", "ignore"]
 
@@ -28,12 +31,13 @@ def answer(
     operator: LinearOperator,
     theta: np.ndarray[Any, Any],  # (m,) ascending, all that is known of the spectrum
     residuals: np.ndarray[Any, Any],  # (m,) rounding included
-    good: np.ndarray[Any, Any],  # (m,) which are accurate enough
+    rows: Tensor,  # (k, n) the unit vectors found, in the order to report
     wanted: np.ndarray[Any, Any],  # (k,) positions in the order to report
-    rounding: float,
+    floor: float,  # rounding that no product can avoid
+    allowed: float,  # what the residuals already allow for
     tol: float,
     num_matvecs: int,
-    eigenvectors: Tensor | None,
+    vectors: bool,  # whether the user wants the rows
     settings: dict[str, Any],
     started: float,
     on_failure: str,
@@ -41,6 +45,11 @@ def answer(
     unfinished: str = "",  # what else is missing, in words
 ) -> EigenResult:
     """Build the result; warn or raise if it is not converged."""
+    error = operator.product_error(rows)
+    measured = _UNMEASURED * floor if error is None else _SAFETY * error
+    residuals = residuals + max(measured - allowed, 0.0)
+    rounding = max(floor, measured)
+    good = accurate(theta, residuals, tol=tol, floor=floor)
     converged = bool(good[wanted].all()) and not unfinished
     result = EigenResult(
         eigenvalues=as_float64(theta[wanted]),
@@ -51,8 +60,14 @@ def answer(
         num_matvecs=num_matvecs,
         num_passes=0,
         seconds=time.perf_counter() - started,
-        eigenvectors=eigenvectors,
-        settings={**settings, "n": operator.n, "dtype": str(operator.dtype), "device": str(operator.device)},
+        eigenvectors=rows if vectors else None,
+        settings={
+            **settings,
+            "n": operator.n,
+            "dtype": str(operator.dtype),
+            "device": str(operator.device),
+            "rounding": rounding,
+        },
     )
     if not converged and on_failure != "ignore":
         missed = wanted[~good[wanted]]
@@ -63,6 +78,8 @@ def answer(
                 f"{len(missed)} of {len(wanted)} eigenvalues missed the tolerance: "
                 f"worst relative residual {worst:.1e}, asked for {tol:.1e}"
             )
+        if len(missed) and (rounding > tol * np.abs(theta[missed])).any():
+            hint = "Rounding limits these eigenvalues: measure model.double() on data in float64."
         message = f"{settings['method']} spent {num_matvecs} products, and {reason}. {hint}"
         if on_failure == "raise":
             raise ConvergenceError(message, result)

@@ -9,7 +9,7 @@ import torch
 from sharpness._checks import check_choice, check_count, check_flag, check_positive
 from sharpness.errors import ArgumentError, NonFiniteError
 from sharpness.linalg.answer import OnFailure, answer, check_on_failure
-from sharpness.linalg.bounds import accurate, rounding_level
+from sharpness.linalg.bounds import rounding_level
 from sharpness.linalg.operator import LinearOperator
 from sharpness.linalg.which import WHICH, Which, select
 from sharpness.results import EigenResult
@@ -50,18 +50,18 @@ def dense(
         NonFiniteError: If a product holds NaN or infinity.
         ConvergenceError: If the tolerance is not met and ``on_failure="raise"``.
 
-    Cost: ``n`` products, ``O(n^3)`` operations, ``24 n^2`` bytes.
+    Cost: ``n`` products, ``O(n^3)`` operations, ``40 n^2`` bytes.
     """
     n = operator.n
-    check_count("k", k, high=n, of="the dimension of the operator")
+    k = check_count("k", k, high=n, of="the dimension of the operator")
     check_choice("which", which, WHICH)
-    check_positive("tol", tol)
+    tol = check_positive("tol", tol)
     check_flag("vectors", vectors)
     check_on_failure(on_failure)
-    needed, limit = 24 * n * n, _LIMIT if memory is None else memory
+    needed, limit = 40 * n * n, memory or _LIMIT  # memory=0 says that nothing is kept, not that nothing is there
     if needed > limit:
         raise ArgumentError(
-            f'method="dense" would need {needed / 2**30:.1f} GiB for the {n} x {n} matrix, {limit / 2**30:.1f} GiB '
+            f'method="dense" would need {_size(needed)} for the {n} x {n} matrix, {_size(limit)} '
             f'are allowed. Use method="lanczos", or pass memory={needed} if the machine has that much.'
         )
     if num_matvecs is not None and check_count("num_matvecs", num_matvecs) < n:
@@ -88,13 +88,23 @@ def dense(
         theta=values,
         residuals=bounds,
         wanted=chosen,
-        rounding=floor,
-        good=accurate(values, bounds, tol=tol, floor=floor),
+        floor=floor,
+        allowed=floor,
         tol=tol,
         num_matvecs=n,
-        eigenvectors=kept if vectors else None,
+        rows=kept,
+        vectors=vectors,
         settings={"method": "dense", "which": which, "k": k, "tol": tol},
         started=started,
         on_failure=on_failure,
         hint="The operator is not symmetric, or rounding limits these eigenvalues: try a float64 model.",
     )
+
+
+def _size(count: float) -> str:
+    """Return a number of bytes in a unit that fits."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

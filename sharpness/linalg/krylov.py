@@ -134,7 +134,7 @@ class KrylovSpace:
 
     def _random(self) -> Tensor:
         """Draw a unit vector orthogonal to the basis."""
-        v = torch.randn(self.operator.n, generator=self._generator, dtype=torch.float64)
+        v = torch.randn(self.operator.n, generator=self._generator, dtype=torch.float64, device="cpu")
         q = v.to(dtype=self.operator.dtype, device=self.operator.device)
         self._orthogonalise(q.div_(norm(q)))
         return q.div_(norm(q))

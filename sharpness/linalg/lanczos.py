@@ -18,6 +18,7 @@ from sharpness.linalg.operator import LinearOperator
 from sharpness.linalg.which import WHICH, Which, count, select
 from sharpness.results import EigenResult
 
+Indices: TypeAlias = "np.ndarray[Any, np.dtype[np.intp]]"
 Bools: TypeAlias = "np.ndarray[Any, np.dtype[np.bool_]]"
 
 _SPARE = 2  # products past convergence on small problems
@@ -78,9 +79,9 @@ def lanczos(
         tensor([3.], dtype=torch.float64)
     """
     n = operator.n
-    check_count("k", k, high=n, of="the dimension of the operator")
+    k = check_count("k", k, high=n, of="the dimension of the operator")
     check_choice("which", which, WHICH)
-    check_positive("tol", tol)
+    tol = check_positive("tol", tol)
     check_flag("vectors", vectors)
     check_on_failure(on_failure)
     wanted = count(which, k, n)
@@ -91,7 +92,7 @@ def lanczos(
             f"Pass num_matvecs={wanted} or more; {20 * wanted} is often enough."
         )
     budget = min(budget, n)
-    spare = _SPARE
+    spare, everything = _SPARE, True
     started = time.perf_counter()
     space = KrylovSpace(operator, torch.Generator().manual_seed(check_seed(seed)))
     with progress_bar(check_progress(progress), total=None, title="Lanczos") as bar:
@@ -105,6 +106,8 @@ def lanczos(
             good = accurate(theta, residuals, tol=tol, floor=space.floor)
             chosen = select(theta, which, k)
             bar.set_postfix_str(f"worst residual {np.max(residuals[chosen]):.1e}", refresh=False)
+            if hopeless(theta, residuals, space.rounding, tol, chosen):
+                break
             everything = complete(space, theta, s, residuals, good, which, k)
             if good[chosen].all() and everything:
                 # Where few dimensions are left, look a little further: the space may be about to be exhausted, and
@@ -116,18 +119,25 @@ def lanczos(
         operator=operator,
         theta=theta,
         residuals=residuals,
-        good=good,
         wanted=chosen,
-        rounding=space.rounding,
+        floor=space.floor,
+        allowed=space.rounding,
         tol=tol,
         num_matvecs=space.size,
-        eigenvectors=space.vectors(s[:, chosen]) if vectors else None,
+        rows=space.vectors(s[:, chosen]),
+        vectors=vectors,
         settings={"method": "lanczos", "which": which, "k": k, "tol": tol, "seed": seed, "num_matvecs": num_matvecs},
         started=started,
         on_failure=on_failure,
         hint="Raise num_matvecs, loosen tol, or ask for fewer eigenvalues.",
         unfinished="" if everything else "the products ended before all of the spectrum's end was searched",
     )
+
+
+def hopeless(theta: Floats, residuals: Floats, rounding: float, tol: float, chosen: Indices) -> bool:
+    """Return whether all wanted pairs have converged but for rounding, which no further product makes smaller."""
+    limit = tol * np.abs(theta[chosen])
+    return bool(np.all(residuals[chosen] - rounding <= 0.1 * limit) and np.any(rounding > limit))
 
 
 def complete(space: KrylovSpace, theta: Floats, s: Floats, residuals: Floats, good: Bools, which: str, k: int) -> bool:

@@ -51,7 +51,8 @@ class LinearOperator(ABC):
             ArgumentError: If ``v`` has another shape, dtype or device than the operator.
         """
         self._check(v, dims=1)
-        product = self._matvec(v)
+        with torch.no_grad():
+            product = self._matvec(v).detach()
         if product.shape != v.shape or product.dtype != v.dtype:
             raise ArgumentError(
                 f"the operator's product has shape {tuple(product.shape)} and {product.dtype}; it must have "
@@ -71,6 +72,13 @@ class LinearOperator(ABC):
     def __matmul__(self, other: Tensor) -> Tensor:
         """Return ``matvec`` of a vector or ``matmat`` of a matrix."""
         return self.matmat(other) if other.ndim == 2 else self.matvec(other)
+
+    def product_error(self, rows: Tensor) -> float | None:  # (k, n)
+        """Return the largest measured rounding error of a product with one of the unit rows; ``None`` if not known.
+
+        Algorithms add it to the residuals of the pairs that they report. It does not count as a product.
+        """
+        return 0.0
 
     def to_dense(self) -> Tensor:
         """Return the ``(n, n)`` matrix, by ``n`` products."""
@@ -112,10 +120,11 @@ class DenseOperator(LinearOperator):
     """
 
     def __init__(self, matrix: Any) -> None:
-        self.matrix = torch.as_tensor(matrix)
+        self.matrix = torch.as_tensor(matrix).detach()
         if self.matrix.ndim != 2 or self.matrix.shape[0] != self.matrix.shape[1]:
             raise ArgumentError(f"`matrix` must be square, got shape {tuple(self.matrix.shape)}.")
-        if not torch.allclose(self.matrix, self.matrix.T, rtol=1e-5):
+        slack = 1e-5 * self.matrix.abs().max().item() if self.matrix.numel() else 0.0
+        if not torch.allclose(self.matrix, self.matrix.T, rtol=0.0, atol=slack):
             raise ArgumentError("`matrix` must be symmetric. Pass (matrix + matrix.T) / 2 if that is what you mean.")
         super().__init__(self.matrix.shape[0], dtype=self.matrix.dtype, device=self.matrix.device)
 
@@ -150,26 +159,4 @@ class FunctionOperator(LinearOperator):
         self.function = function
 
     def _matvec(self, v: Tensor) -> Tensor:
-        return self.function(v)
-
-
-@final
-class DeflatedOperator(LinearOperator):
-    """An operator restricted to the complement of some orthonormal rows: ``P A P`` with ``P = I - Q^T Q``.
-
-    Args:
-        operator: The operator to deflate.
-        rows: ``(m, n)`` orthonormal rows ``Q``.
-    """
-
-    def __init__(self, operator: LinearOperator, rows: Tensor) -> None:
-        super().__init__(operator.n, dtype=operator.dtype, device=operator.device)
-        self.operator = operator
-        self.rows = rows
-
-    def project(self, v: Tensor) -> Tensor:
-        """Return ``P v``, the part of ``v`` in the complement."""
-        return v - self.rows.T @ (self.rows @ v)
-
-    def _matvec(self, v: Tensor) -> Tensor:
-        return self.project(self.operator.matvec(self.project(v)))
+        return self.function(v).clone()  # it may hand out the same memory each time

@@ -12,7 +12,7 @@ from sharpness._checks import check_choice, check_count, check_flag, check_posit
 from sharpness._progress import check_progress, progress_bar
 from sharpness.errors import ArgumentError, NonFiniteError
 from sharpness.linalg.answer import OnFailure, answer, check_on_failure
-from sharpness.linalg.bounds import accurate, rounding_level
+from sharpness.linalg.bounds import rounding_level
 from sharpness.linalg.operator import LinearOperator
 from sharpness.linalg.products import dot, norm
 from sharpness.linalg.which import WHICH, Which, count, select
@@ -74,9 +74,9 @@ def power_iteration(
         tensor([3.], dtype=torch.float64)
     """
     n = operator.n
-    check_count("k", k, high=n, of="the dimension of the operator")
+    k = check_count("k", k, high=n, of="the dimension of the operator")
     check_choice("which", which, WHICH)
-    check_positive("tol", tol)
+    tol = check_positive("tol", tol)
     check_flag("vectors", vectors)
     check_on_failure(on_failure)
     wanted = count(which, k, n)
@@ -122,12 +122,13 @@ def power_iteration(
         operator=operator,
         theta=theta,
         residuals=bounds,
-        good=accurate(theta, bounds, tol=tol, floor=floor),
         wanted=chosen,
-        rounding=floor,
+        floor=floor,
+        allowed=floor,
         tol=tol,
         num_matvecs=spent,
-        eigenvectors=rows[torch.as_tensor(chosen.copy(), device=rows.device)] if vectors else None,
+        rows=rows[torch.as_tensor(chosen.copy(), device=rows.device)],
+        vectors=vectors,
         settings={"method": "power", "which": which, "k": k, "tol": tol, "seed": seed, "num_matvecs": num_matvecs},
         started=started,
         on_failure=on_failure,
@@ -169,6 +170,7 @@ class _Search:
             # A start from the vector at hand, close to an eigenvector of the wrong end, would be accepted there.
             self._shift = -self._sign * 1.1 * self.scale
             self._next = self._random()
+            self.residual = np.inf  # what was multiplied is not what is wanted
         elif norm(moved) > 0:
             self._next = self._unit(moved)
 
@@ -195,7 +197,7 @@ class _Search:
         return self._sign * self.value < -0.5 * self.scale or self.spent - self._marked_at >= _PATIENCE
 
     def _random(self) -> Tensor:
-        v = torch.randn(self.operator.n, generator=self._generator, dtype=torch.float64)
+        v = torch.randn(self.operator.n, generator=self._generator, dtype=torch.float64, device="cpu")
         return self._unit(v.to(dtype=self.operator.dtype, device=self.operator.device))
 
     def _unit(self, v: Tensor) -> Tensor:

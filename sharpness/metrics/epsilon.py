@@ -101,9 +101,9 @@ def epsilon_sharpness(
         >>> round(sharpness.epsilon_sharpness(model, data, epsilon=0.1).value, 4)  # 50 epsilon^2 tr(H), tr(H) = 2
         1.0
     """
-    check_positive("epsilon", epsilon)
-    check_count("max_iter", max_iter)
-    check_count("num_starts", num_starts)
+    epsilon = check_positive("epsilon", epsilon)
+    max_iter = check_count("max_iter", max_iter)
+    num_starts = check_count("num_starts", num_starts)
     check_choice("solver", solver, ("l-bfgs-b",))
     check_on_failure(on_failure)
     options = {
@@ -179,7 +179,7 @@ class _Search:
         generator = torch.Generator().manual_seed(_stream(self.objective.seed, i))
         spent, best, climbs, left, message = self.num_evaluations, -np.inf, 0, max_iter, ""
         while left > 0:
-            start = 2 * torch.rand(len(self.center), generator=generator, dtype=torch.float64) - 1
+            start = 2 * torch.rand(len(self.center), generator=generator, dtype=torch.float64, device="cpu") - 1
             reached, iterations, message = self._climb(start, left, bar)
             best, climbs, left = max(best, reached), climbs + 1, left - max(iterations, 1)
         return {

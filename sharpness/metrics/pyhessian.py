@@ -18,7 +18,7 @@ import torch
 from sharpness._checks import check_count
 from sharpness.errors import ArgumentError, ModelError
 from sharpness.linalg.answer import answer
-from sharpness.linalg.bounds import accurate, rounding_level
+from sharpness.linalg.bounds import rounding_level
 from sharpness.linalg.products import norm
 from sharpness.linalg.which import select
 from sharpness.objective import Objective
@@ -77,11 +77,12 @@ def pyhessian_eigenvalues(
         theta=theta,
         residuals=residuals,
         wanted=chosen,
-        rounding=rounding,
-        good=accurate(theta, residuals, tol=tol, floor=rounding),
+        floor=rounding,
+        allowed=rounding,
         tol=tol,
         num_matvecs=spent,
-        eigenvectors=torch.stack([pairs[i][2] for i in ascending[chosen]]) if vectors else None,
+        rows=torch.stack([pairs[i][2] for i in ascending[chosen]]),
+        vectors=vectors,
         settings={"method": "pyhessian", "which": which, "k": k, "tol": tol, "num_matvecs": num_matvecs},
         started=started,
         on_failure=on_failure,

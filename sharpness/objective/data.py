@@ -9,6 +9,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from sharpness.errors import DataError
 from sharpness.objective.guard import reseed
@@ -50,18 +51,19 @@ class Batches:
         """Load the batches of draw 0 and keep them if all fit the budget; done once."""
         if self._settled:
             return
-        self._settled = True
-        loaded = []
+        loaded: list[Any] | None = []
         for _, batch in self.walk():
-            if not budget.take(tensors_in(batch)):
-                return
+            if loaded is None or not budget.take(tensors_in(batch)):
+                loaded = None
+                break
             loaded.append(batch)
-        self._kept = loaded
+        self._kept, self._settled = loaded, True
 
     def walk(self, *, draw: int = 0) -> Iterator[tuple[int, Any]]:
         """Walk the data once."""
         if draw == 0 and self._kept is not None:
-            yield from enumerate(self._kept)
+            for i, batch in enumerate(self._kept):
+                yield i, map_tensors(lambda tensor: tensor, batch)  # a new container: the user's loss may pop from it
             return
         own = [(generator, generator.get_state()) for generator in self.generators()]
         reseed(self._seed, draw)
@@ -76,6 +78,11 @@ class Batches:
         finally:
             for generator, state in own:
                 generator.set_state(state)
+        if not count and self.count:
+            raise DataError(
+                f"the loader yielded {self.count} batches on the first walk and none on a later one: it can be walked "
+                "only once. Build the iterator anew in __iter__, or pass list(loader)."
+            )
         if not count:
             raise DataError(
                 "the loader yields no batch; at least one is needed. Check the data set, drop_last and the batch size."
@@ -115,6 +122,11 @@ def check_loader(loader: Any) -> None:
         raise DataError("the loader is a mapping; a loader yields batches. Pass [batch] for one batch.")
     if isinstance(loader, tuple) and len(loader) > 1 and all(isinstance(item, Tensor) for item in loader):
         raise DataError("the loader is a tuple of tensors, which looks like one batch. Pass [(inputs, targets)].")
+    if isinstance(loader, Dataset) and not isinstance(loader, Iterable):
+        raise DataError(
+            f"the loader is a data set ({type(loader).__name__}), which yields samples, not batches. "
+            "Pass DataLoader(dataset, batch_size=256)."
+        )
     if isinstance(loader, Iterator):
         raise DataError(
             f"the loader is a one-shot iterator ({type(loader).__name__}); every product walks the data again. "
@@ -131,7 +143,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a namedtuple
         return type(batch)(*(map_tensors(function, item) for item in batch))
     if isinstance(batch, (list, tuple)):
-        return type(batch)(map_tensors(function, item) for item in batch)
+        items = [map_tensors(function, item) for item in batch]
+        return items if isinstance(batch, list) else tuple(items)
     if isinstance(batch, Mapping):
         mapped = {key: map_tensors(function, item) for key, item in batch.items()}
         return mapped if type(batch) is dict else _rebuild(batch, mapped)
@@ -159,6 +172,12 @@ def tensors_in(batch: Any) -> list[Tensor]:
 
     map_tensors(collect, batch)
     return found
+
+
+def first_samples(batch: Any, count: int) -> Any:
+    """Return the first samples of a batch: every tensor as long as the first one, cut to ``count`` rows."""
+    lengths = [tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim]
+    return map_tensors(lambda t: t[:count] if t.ndim and t.shape[0] == lengths[0] else t, batch)
 
 
 def describe(batch: Any) -> str:

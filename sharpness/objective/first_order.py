@@ -78,6 +78,11 @@ def explained() -> Iterator[None]:
     except RuntimeError as error:
         text = str(error)
         missing = "is not implemented" in text and "derivative" in text
+        if "use_reentrant=True" in text or "not have been used in the graph" in text:
+            raise ModelError(
+                "the model uses torch.utils.checkpoint with use_reentrant=True, which cannot be differentiated twice. "
+                "Pass use_reentrant=False."
+            ) from error
         if not (missing or "double backward" in text or "differentiate twice" in text):
             raise
         raise ModelError(

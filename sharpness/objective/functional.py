@@ -1,27 +1,101 @@
-"""A model seen as a function: its wrappers taken off, its tensors exchangeable."""
+"""A model and its loss as a function of tensors that are put in the places of its own.
+
+The user's tensors are never written to: the forward pass sees copies, also where a module writes to its weights or
+buffers. Derivatives are taken with the same copies in place, since checkpointed blocks run again then.
+"""
 
 from __future__ import annotations
 
-from typing import Any, final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from sharpness.objective.data import map_tensors
+from sharpness.objective.first_order import FirstOrder
+from sharpness.objective.guard import default_dtype, twice_differentiable
 from sharpness.objective.losses import Criterion, Terms
+from sharpness.objective.parameters import Parameters
+
+T = TypeVar("T")
 
 
 @final
-class LossModule(nn.Module):
-    """The loss of a batch as the output of a module, so that the model's tensors can be exchanged for the call."""
+class Functional:
+    """The loss of one batch, with other tensors in the places of the model's parameters and buffers."""
 
-    def __init__(self, model: nn.Module, criterion: Criterion) -> None:
+    def __init__(self, model: nn.Module, criterion: Criterion, parameters: Parameters) -> None:
+        self._model = model
+        self._criterion = criterion
+        self._parameters = parameters
+        self._frame = _Frame(model)
+
+    def leaves(self, at: Tensor | None = None, *, differentiable: bool = True) -> list[Tensor]:
+        """Return new tensors for the chosen parameters, at ``at``, ``(n,)``, or at the parameters as they are."""
+        named = dict(self._model.named_parameters())
+        own = [_copy(named[name]) for name in self._parameters.names]
+        if at is not None:
+            self._parameters.check(at)
+            pieces = self._parameters.split(at.detach().to(self._parameters.device))
+            own = [piece.to(p.dtype, copy=True) for piece, p in zip(pieces, own, strict=True)]
+        return [tensor.requires_grad_(differentiable) for tensor in own]
+
+    def places(self, leaves: Sequence[Tensor], others: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return what goes in which place: ``leaves``, ``others`` by name, and copies of all the rest."""
+        chosen = dict(zip(self._parameters.names, leaves, strict=True)) | dict(others or {})
+        own = [*self._model.named_parameters(), *self._model.named_buffers()]
+        return {f"model.{name}": chosen[name] if name in chosen else _copy(tensor) for name, tensor in own}
+
+    def terms(self, batch: Any, places: dict[str, Tensor]) -> Terms:
+        """Return the loss terms of a batch."""
+        with twice_differentiable():
+            return self.inside(places, lambda: self._criterion(self._model, batch))
+
+    def inside(self, places: dict[str, Tensor], body: Callable[[], T]) -> T:
+        """Return ``body()``, run with the tensors in their places."""
+        answer: T = functional_call(self._frame, places, (body,))
+        return answer
+
+    def products(self, batch: Any, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:  # (k, n) -> (k, n)
+        """Return the Hessian of a batch's total loss times each of the rows, computed in ``dtype``, and its weight."""
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+        leaves = [cast(leaf.detach()).requires_grad_(True) for leaf in self.leaves()]
+        places = {name: cast(tensor) for name, tensor in self.places(leaves).items()}
+
+        def body() -> tuple[Tensor, float]:
+            terms = self.terms(map_tensors(cast, batch), places)
+            graph = FirstOrder.of(terms, leaves)
+            found = []
+            for row in rows.detach():
+                pieces = graph.product(leaves, self._parameters.split(row), keep=True)
+                whole = [leaf.detach() * 0 if g is None else g.detach() for g, leaf in zip(pieces, leaves, strict=True)]
+                found.append(torch.cat([piece.reshape(-1).double() for piece in whole]))
+            return torch.stack(found), terms.weight
+
+        with default_dtype(dtype):
+            return self.inside(places, body)
+
+    def state(self) -> list[Tensor]:
+        """Return everything of the model that the loss depends on."""
+        flags = torch.tensor([module.training for module in self._model.modules()])
+        return [*self._model.parameters(), *self._model.buffers(), flags]
+
+
+@final
+class _Frame(nn.Module):
+    """A module around the model, so that its tensors can be exchanged while any function runs."""
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._criterion = criterion
 
-    def forward(self, batch: Any) -> Terms:
-        """Return the terms of the batch."""
-        return self._criterion(self.model, batch)
+    def forward(self, body: Callable[[], Any]) -> Any:
+        return body()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -36,8 +110,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def measurable(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` as autograd can use it: half precision as float32, no inference tensors."""
-    if tensor.dtype in (torch.float16, torch.bfloat16):
-        return tensor.float()
-    return tensor.clone() if tensor.is_inference() else tensor
+def _copy(tensor: Tensor) -> Tensor:
+    """Return a copy, in single precision for half precision."""
+    own = tensor.detach()
+    return own.float() if own.dtype in (torch.float16, torch.bfloat16) else own.clone()

@@ -20,24 +20,42 @@ MODES = ("eval", "train", "as_is")
 
 
 @contextmanager
-def guarded(model: nn.Module, mode: str, generators: list[torch.Generator]) -> Iterator[None]:
+def guarded(model: nn.Module, mode: str, device: torch.device, generators: list[torch.Generator]) -> Iterator[None]:
     """Put the model into ``mode``; on leaving restore every submodule's flag and every random state."""
     flags = [(module, module.training) for module in model.modules()]
+    # Some modules keep tensors outside of their parameters: recurrent ones a list, weight_norm an attribute.
+    plain = [
+        (module, name, value) for module in model.modules() for name, value in vars(module).items() if _held(value)
+    ]
     own = [(generator, generator.get_state()) for generator in generators]
     state = _random_state()
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autocast(device.type, enabled=False))
             if mode != "as_is":
                 model.train(mode == "train")
             yield
     finally:
         for module, training in flags:
             module.training = training
+        for module, name, value in plain:
+            vars(module)[name] = value
         for generator, kept in own:
             generator.set_state(kept)
         _restore_random_state(state)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make ``dtype`` what new tensors have for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager
@@ -52,20 +70,31 @@ def own_randomness(seed: int, *stream: int) -> Iterator[None]:
 
 
 @contextmanager
-def twice_differentiable(device: torch.device) -> Iterator[None]:
-    """Run a forward pass with kernels that have a second derivative, in full precision.
+def twice_differentiable() -> Iterator[None]:
+    """Run a forward pass with kernels that have a second derivative.
 
     The fused attention kernels have none; attention by matrix products has. The choice is made around the forward
     pass only: the backward passes follow what was recorded.
     """
-    with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, enabled=False):
+    with sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+def _held(value: Any) -> bool:
+    """Return whether an attribute of a module is a tensor, or a list of them."""
+    return isinstance(value, torch.Tensor) or (
+        isinstance(value, list) and bool(value) and all(isinstance(item, torch.Tensor) for item in value)
+    )
 
 
 def reseed(seed: int, *stream: int) -> None:
     """Seed all global generators from ``seed`` and a stream number; for use where they are restored later."""
     words = np.random.SeedSequence([seed, *stream]).generate_state(3)
-    torch.manual_seed(int(words[0]))
+    torch.default_generator.manual_seed(int(words[0]))
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(int(words[0]))
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(int(words[0]))
     np.random.seed(int(words[1]))
     random.seed(int(words[2]))
 

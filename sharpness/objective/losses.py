@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sharpness.errors import ArgumentError, DataError, ModelError
-from sharpness.objective.data import describe
+from sharpness.objective.data import describe, map_tensors, tensors_in
 
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 BatchLoss: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor, float]]
 
+# At an exact fit a loss is zero and says nothing about its reduction: then it is looked at beside the outputs.
+_PROBES = ((1.0, 0.0), (0.5, 0.25))
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 _CLASS_CRITERIA = (nn.CrossEntropyLoss, nn.NLLLoss)
 _CLASS_FUNCTIONS = (functional.cross_entropy, functional.nll_loss)
@@ -89,7 +91,7 @@ class Criterion:
                 f"{', '.join(_TARGET_KEYS)}, or pass batch_loss=callable(model, batch) -> (loss, weight)."
             )
         loss_fn, predictions = (self._loss_fn, predictions) if self._loss_fn else self._infer(predictions, targets)
-        loss = _scalar(loss_fn(predictions, targets))
+        loss = _scalar(_in_float64(loss_fn)(predictions, targets))
         weight = count_terms(loss_fn, predictions, targets)
         if self._reduction is None:
             self._reduction = find_reduction(loss_fn, predictions, targets)
@@ -116,7 +118,17 @@ class Criterion:
         """Choose the loss by the targets: cross-entropy for classes, mean-squared error for numbers."""
         if isinstance(predictions, Tensor) and isinstance(targets, Tensor) and predictions.is_floating_point():
             classes = targets.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-            if classes and predictions.ndim == targets.ndim + 1 and predictions.shape[0] == targets.shape[0]:
+            if (
+                classes
+                and targets.ndim
+                and predictions.ndim == targets.ndim + 1
+                and predictions.shape[0] == targets.shape[0]
+            ):
+                if predictions.ndim == 3 and predictions.shape[1] == predictions.shape[2] == targets.shape[1]:
+                    raise DataError(
+                        f"outputs {describe(predictions)} fit targets {describe(targets)} with the classes in either "
+                        "of the last two dimensions, so the loss cannot be inferred. Pass loss_fn."
+                    )
                 if predictions.shape[1:2] + targets.shape[1:] == predictions.shape[1:] and predictions.shape[1] > 1:
                     self.name, self.function = "cross-entropy (inferred)", _cross_entropy
                     return _cross_entropy, predictions
@@ -132,6 +144,33 @@ class Criterion:
             "targets want one output per class (cross-entropy), float targets want outputs of their own shape "
             "(mean-squared error). Pass loss_fn, or batch_loss=callable(model, batch) -> (loss, weight)."
         )
+
+
+def _in_float64(loss_fn: LossFn) -> LossFn:
+    """Return a classification loss that computes in float64, any other loss as it is.
+
+    Where a sample is classified with near certainty the derivatives of cross-entropy are small differences of large
+    numbers, ``p - 1`` with ``p`` near 1. Single precision loses them, and with them the curvature of a well trained
+    model; the logits are the small end of the network, so computing there in float64 costs next to nothing.
+    """
+    function, options = _options(loss_fn)
+    if isinstance(loss_fn, functools.partial) and (loss_fn.args or function is not functional.cross_entropy):
+        return loss_fn
+    if type(function) is nn.CrossEntropyLoss:  # a subclass may compute something else
+        names = ("weight", "ignore_index", "reduction", "label_smoothing")
+        options = {name: getattr(function, name) for name in names}
+    elif function is not functional.cross_entropy:
+        return loss_fn
+    if isinstance(options.get("weight"), Tensor):
+        options["weight"] = options["weight"].double()
+
+    def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+        labels = targets.double() if targets.is_floating_point() else targets.long()
+        return functional.cross_entropy(
+            outputs if outputs.device.type == "mps" else outputs.double(), labels, **options
+        )
+
+    return cross_entropy
 
 
 def unpack(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
@@ -239,7 +278,13 @@ def count_terms(loss_fn: LossFn, outputs: Any, targets: Any) -> float:
         weight = options.get("weight")
         return float(counted.numel() if weight is None else weight.to(counted.device)[counted].sum().item())
     if not isinstance(targets, Tensor):
-        return float(len(targets)) if hasattr(targets, "__len__") else 1.0
+        lengths = {tensor.shape[0] for tensor in tensors_in(targets) if tensor.ndim}
+        if len(lengths) != 1:
+            raise ArgumentError(
+                f"the number of loss terms of targets {describe(targets)} cannot be told. "
+                "Pass batch_loss=callable(model, batch) -> (mean loss, number of terms)."
+            )
+        return float(lengths.pop())
     if getattr(function, "reduction", None) == "batchmean":
         return float(targets.shape[0])
     if not isinstance(function, nn.modules.loss._Loss):
@@ -262,29 +307,56 @@ def find_reduction(loss_fn: LossFn, outputs: Any, targets: Any) -> str:
         ArgumentError: If doubling the batch neither keeps nor doubles the loss.
     """
     function, options = _options(loss_fn)
-    declared = options.get("reduction", getattr(function, "reduction", None))
+    known = any(function is one for one in _CLASS_FUNCTIONS)
+    declared = options.get("reduction", "mean" if known else getattr(function, "reduction", None))
     if declared in ("mean", "sum", "batchmean"):
         return "sum" if declared == "sum" else "mean"
-    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.ndim and targets.ndim):
-        return "mean"
     with torch.no_grad():
-        for scale, shift in (
-            (1.0, 0.0),
-            (0.5, 0.25),
-        ):  # at an exact fit the loss is zero and says nothing: look beside it
-            probe = scale * outputs.detach() + shift
-            single = _scalar(loss_fn(probe, targets)).item()
-            double = _scalar(loss_fn(torch.cat([probe, probe]), torch.cat([targets, targets]))).item()
+        for scale, shift in _PROBES:
+            probe = map_tensors(lambda t: scale * t.detach() + shift, outputs)  # noqa: B023 - used at once
+            try:
+                single, double = (
+                    _scalar(loss_fn(*pair)).item() for pair in ((probe, targets), (_twice(probe), _twice(targets)))
+                )
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                raise ArgumentError(
+                    f"whether the loss {_name(loss_fn)} is a mean or a sum over samples cannot be told "
+                    f"({error}). Pass batch_loss=callable(model, batch) -> (mean loss, number of terms)."
+                ) from error
             if abs(single) > 1e-12:
                 break
-    if abs(double - single) <= 1e-3 * abs(single):
-        return "mean"
+        if abs(double - single) <= 1e-3 * abs(single):
+            _require_additive(loss_fn, probe, targets, single)
+            return "mean"
     if abs(double - 2 * single) <= 1e-3 * abs(single):
         return "sum"
     raise ArgumentError(
         f"the loss {_name(loss_fn)} is neither a mean nor a sum over samples: it gives {single:.6g} on a batch and "
         f"{double:.6g} on the same batch twice. Pass batch_loss=callable(model, batch) -> (loss, weight)."
     )
+
+
+def _require_additive(loss_fn: LossFn, outputs: Any, targets: Any, whole: float) -> None:
+    """Refuse a mean whose terms do not all weigh the same, as with class weights or ignored targets inside of it."""
+    count = min(tensor.shape[0] for tensor in (*tensors_in(outputs), *tensors_in(targets)))
+    if count < 2:
+        return
+    half = count // 2
+    parts = []
+    for piece, weight in ((slice(None, half), half), (slice(half, None), count - half)):
+        loss = _scalar(loss_fn(map_tensors(lambda t: t[piece], outputs), map_tensors(lambda t: t[piece], targets)))  # noqa: B023
+        parts.append(weight * loss.item())
+    if abs(sum(parts) / count - whole) > 1e-3 * abs(whole):
+        raise ArgumentError(
+            f"the loss {_name(loss_fn)} is no plain mean over samples: {whole:.6g} on a batch, "
+            f"{sum(parts) / count:.6g} from its halves; terms seem to be weighted or ignored. Pass "
+            "torch.nn.CrossEntropyLoss(weight=..., ignore_index=...) itself, or batch_loss=callable(model, batch) -> "
+            "(mean loss, total weight)."
+        )
+
+
+def _twice(batch: Any) -> Any:
+    return map_tensors(lambda t: torch.cat([t, t]), batch)
 
 
 def _accuracy(outputs: Any, targets: Any) -> tuple[float | None, float | None]:

@@ -9,43 +9,29 @@ products while memory lasts, which saves two of the four passes that a product c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from sharpness._checks import check_choice, check_count, check_memory, check_seed
 from sharpness._progress import check_progress
 from sharpness._warn import warn
 from sharpness.errors import ArgumentError, DataError, DeterminismWarning, ModelError, NonFiniteError
 from sharpness.objective.batch_sum import BatchSum
-from sharpness.objective.data import Batches
+from sharpness.objective.data import Batches, first_samples, tensors_in
+from sharpness.objective.evaluation import Evaluation
 from sharpness.objective.first_order import FirstOrder
-from sharpness.objective.functional import LossModule, measurable, unwrap
-from sharpness.objective.guard import MODES, guarded, reseed, twice_differentiable
+from sharpness.objective.functional import Functional, unwrap
+from sharpness.objective.guard import MODES, guarded, reseed
 from sharpness.objective.losses import BatchLoss, Criterion, LossFn, Terms
 from sharpness.objective.memory import Budget
 from sharpness.objective.parameters import ParameterChoice, choose
 
+_SAMPLES = 256  # to measure rounding errors on
 _SLACK = {torch.float32: 1e-5, torch.float64: 1e-10}  # relative change of the loss by another order of summation
-
-
-@final
-@dataclass(frozen=True)
-class Evaluation:
-    """Loss and accuracy over the whole data.
-
-    Attributes:
-        loss: Mean over all loss terms.
-        accuracy: Fraction classified correctly; ``None`` where there are no classes.
-    """
-
-    loss: float
-    accuracy: float | None
 
 
 @final
@@ -120,7 +106,7 @@ class Objective:
         self.num_passes = 0
         self.num_terms: float | None = None
         self.unused: tuple[str, ...] = ()
-        self._caller = LossModule(self.model, self.criterion)
+        self._functional = Functional(self.model, self.criterion, self.parameters)
         self._depth = 0
         self._graphs: dict[int, FirstOrder] = {}
         self._leaves: list[Tensor] = []
@@ -156,7 +142,7 @@ class Objective:
             at: Where to evaluate.
             tensors: What to put in the places of parameters and buffers, by name; goes before ``at``.
         """
-        with self.session(), torch.no_grad():
+        with self.session():
             return self._evaluate(at, tensors=tensors)
 
     def value(self, at: Tensor | None = None) -> float:
@@ -170,14 +156,13 @@ class Objective:
             NonFiniteError: If the loss or the gradient of a batch is NaN or infinite.
         """
         with self.session():
-            leaves = self._new_leaves(at)
-            total, weight, gradient = 0.0, 0.0, BatchSum(self.parameters, "gradient")
-            for i, terms in self._terms(leaves):
-                total, weight = total + terms.total.item(), weight + terms.weight
-                gradient.add(i, torch.autograd.grad(terms.total, leaves, allow_unused=True))
+            leaves = self._functional.leaves(at)
+            loss, gradient = self._functional.inside(
+                self._functional.places(leaves), lambda: self._value_and_gradient(leaves)
+            )
             if at is None:
-                self._loss = total / weight
-            return total / weight, gradient.divided_by(weight)
+                self._loss = loss
+            return loss, gradient
 
     def gradient(self, at: Tensor | None = None) -> Tensor:  # -> (n,)
         """Return the gradient at ``at`` or at the parameters as they are."""
@@ -191,15 +176,47 @@ class Objective:
             ModelError: If an operation of the model has no second derivative.
         """
         with self.session():
-            directions = self.parameters.split(v.detach())
-            total, weight, product = 0.0, 0.0, BatchSum(self.parameters, "Hessian-vector product")
-            used: frozenset[int] = frozenset()
-            for i, graph, keep in self._first_orders():
-                total, weight, used = total + graph.total, weight + graph.weight, used | graph.used
-                product.add(i, graph.product(self._leaves, directions, keep=keep))
-            self._loss = total / weight
-            self.unused = tuple(name for i, name in enumerate(self.parameters.names) if i not in used)
-            return product.divided_by(weight)
+            self.parameters.check(v)
+            leaves = self._current_leaves()
+            return self._functional.inside(self._functional.places(leaves), lambda: self._hvp(leaves, v))
+
+    def product_error(self, rows: Tensor) -> float | None:  # (k, n)
+        """Return by how much rounding moves a product with one of the rows: its distance from the float64 product.
+
+        Measured on the first samples only. Zero for a float64 model; ``None`` if the model cannot run in float64.
+        """
+        if self.dtype == torch.float64:
+            return 0.0
+        left, weight = _SAMPLES, 0.0
+        error = torch.zeros(len(rows), self.n, dtype=torch.float64, device=self.device)
+        with self.session():
+            for _, batch in self.batches.walk():
+                found = self._error_on(first_samples(batch, left), rows) or self._error_on(batch, rows)
+                if found is None:
+                    return None
+                error += found[0]
+                weight += found[1]
+                left -= len(next(iter(tensors_in(batch)), "1"))
+                if left <= 0:
+                    break
+        return float(torch.linalg.vector_norm(error / weight, dim=1).max()) if weight else None
+
+    def _error_on(self, batch: Any, rows: Tensor) -> tuple[Tensor, float] | None:
+        """Return float64 minus float32 products on one batch, times its weight; ``None`` if they cannot be had."""
+        products = []
+        for dtype in (torch.float32, torch.float64):
+            reseed(self.seed, 0, 0)
+            try:
+                products.append(self._functional.products(batch, rows, dtype))
+            except (
+                RuntimeError,
+                ValueError,
+                IndexError,
+                TypeError,
+            ):  # a dtype, or a batch size, written into the model
+                return None
+        (single, weight), (double, _) = products
+        return double - single, weight
 
     def check(self) -> None:
         """Warn, with the measured difference, if the loss is not the same on another walk over the data.
@@ -209,9 +226,8 @@ class Objective:
         with self.session():
             if self._checked:
                 return
-            with torch.no_grad():
-                first = self._evaluate(None).loss if self._loss is None else self._loss
-                again = self._evaluate(None, draw=1).loss
+            first = self._evaluate(None).loss if self._loss is None else self._loss
+            again = self._evaluate(None, draw=1).loss
             self._loss, self._checked = first, True
             if abs(first - again) > _SLACK[self.dtype] * max(abs(first), abs(again), 1e-3):
                 warn(
@@ -247,10 +263,11 @@ class Objective:
     def session(self) -> Iterator[None]:
         """Hold the model in the mode to measure it in; on leaving it is as it was. Sessions may be nested."""
         if self._depth:
-            yield
+            with torch.enable_grad():
+                yield
             return
-        with guarded(self.model, self.mode, self.batches.generators()):
-            stale = self._snapshot is None or not all(map(torch.equal, self._snapshot, self._state()))
+        with guarded(self.model, self.mode, self.device, self.batches.generators()):
+            stale = self._snapshot is None or not all(map(torch.equal, self._snapshot, self._functional.state()))
             if stale:
                 self.release()
             self._depth += 1
@@ -262,13 +279,38 @@ class Objective:
     def _evaluate(self, at: Tensor | None, *, draw: int = 0, tensors: Mapping[str, Tensor] | None = None) -> Evaluation:
         total = weight = correct = counted = 0.0
         classes = True
-        for _, terms in self._terms(self._new_leaves(at), draw=draw, tensors=tensors):
+        # Not under no_grad: a forward pass may take derivatives of its own.
+        leaves = self._functional.leaves(at, differentiable=False)
+        for _, terms in self._terms(leaves, draw=draw, tensors=tensors):
             total, weight = total + terms.total.item(), weight + terms.weight
             if terms.correct is None or terms.counted is None:
                 classes = False
             else:
                 correct, counted = correct + terms.correct, counted + terms.counted
         return Evaluation(loss=total / weight, accuracy=correct / counted if classes and counted else None)
+
+    def _value_and_gradient(self, leaves: list[Tensor]) -> tuple[float, Tensor]:
+        total, weight, gradient = 0.0, 0.0, BatchSum(self.parameters, "gradient")
+        used: set[int] = set()
+        for i, terms in self._terms(leaves):
+            total, weight = total + terms.total.item(), weight + terms.weight
+            gradients = torch.autograd.grad(terms.total, leaves, allow_unused=True)
+            used |= {j for j, g in enumerate(gradients) if g is not None}
+            gradient.add(i, gradients)
+        _require_dependence(used)
+        return total / weight, gradient.divided_by(weight)
+
+    def _hvp(self, leaves: list[Tensor], v: Tensor) -> Tensor:
+        directions = self.parameters.split(v.detach())
+        total, weight, product = 0.0, 0.0, BatchSum(self.parameters, "Hessian-vector product")
+        used: frozenset[int] = frozenset()
+        for i, graph, keep in self._first_orders(leaves):
+            total, weight, used = total + graph.total, weight + graph.weight, used | graph.used
+            product.add(i, graph.product(leaves, directions, keep=keep))
+        _require_dependence(used)
+        self._loss = total / weight
+        self.unused = tuple(name for i, name in enumerate(self.parameters.names) if i not in used)
+        return product.divided_by(weight)
 
     def _terms(
         self,
@@ -281,7 +323,7 @@ class Objective:
         """Walk the data once and yield the position and the terms of each batch that has any, but for ``skip``."""
         self.num_passes += 1
         self.batches.settle(self._room())
-        places = self._tensors(leaves, tensors)
+        places = self._functional.places(leaves, tensors)
         renewed = any(module.training for module in self.model.modules())
         found = 0.0
         for i, batch in self.batches.walk(draw=draw):
@@ -289,49 +331,42 @@ class Objective:
                 found += skip[i].weight
                 continue
             if renewed:  # batch norm and its like write to their buffers
-                places = self._tensors(leaves, tensors)
+                places = self._functional.places(leaves, tensors)
             reseed(self.seed, draw, i)
-            with twice_differentiable(self.device):
-                terms: Terms = functional_call(self._caller, places, (batch,))
+            terms = self._functional.terms(batch, places)
             if terms.weight == 0:
                 continue
             found += terms.weight
-            self._require_sound(i, terms)
+            _require_finite(i, terms)
+            if leaves[0].requires_grad and not terms.total.requires_grad:
+                _require_dependence(())
             yield i, terms
         if found == 0:
             raise DataError("the loader holds no loss term: every batch has weight 0. Check ignore_index and weights.")
         self.num_terms = found
 
-    def _require_sound(self, i: int, terms: Terms) -> None:
-        if not math.isfinite(terms.total.item()):
-            raise NonFiniteError(
-                f"the loss of batch {i} (counted from 0) is {terms.total.item()}. "
-                "Check this batch for NaN, and the weights for overflow."
-            )
-        if torch.is_grad_enabled() and not terms.total.requires_grad:
-            raise ModelError(
-                f"the loss of batch {i} (counted from 0) does not depend on the parameters that are measured. "
-                "Look for .detach(), .item() and torch.no_grad() in the model and the loss, and at params=..."
-            )
+    def _current_leaves(self) -> list[Tensor]:
+        """Return the leaves of the kept graphs, or new ones."""
+        self.batches.settle(self._room())
+        if self._snapshot is None:
+            self._leaves = self._functional.leaves()
+            if self.batches.kept:
+                self._snapshot = [tensor.detach().clone() for tensor in self._functional.state()]
+        return self._leaves
 
-    def _first_orders(self) -> Iterator[tuple[int, FirstOrder, bool]]:
+    def _first_orders(self, leaves: list[Tensor]) -> Iterator[tuple[int, FirstOrder, bool]]:
         """Yield the position and the first-order graph of each batch, and whether the graph must survive.
 
         Graphs are kept only if the batches themselves are, since another walk may group the samples otherwise.
         """
-        self.batches.settle(self._room())
-        if self._snapshot is None:
-            self._leaves = self._new_leaves(None)
-            if self.batches.kept:
-                self._snapshot = [tensor.detach().clone() for tensor in self._state()]
         kept = dict(self._graphs)
         yield from ((i, graph, True) for i, graph in kept.items())
         if kept and len(kept) == self.batches.count:
             self.num_passes += 1
             return
         room = self.batches.kept and not kept
-        for i, terms in self._terms(self._leaves, skip=kept):
-            graph = FirstOrder.of(terms, self._leaves)
+        for i, terms in self._terms(leaves, skip=kept):
+            graph = FirstOrder.of(terms, leaves)
             if i == 0:  # the same operations for every batch
                 graph.require_differentiable()
             room = room and self._room().take(graph.tensors())
@@ -346,25 +381,19 @@ class Objective:
             self._budget.take(self.batches.tensors())
         return self._budget
 
-    def _new_leaves(self, at: Tensor | None) -> list[Tensor]:
-        """Return new leaf tensors in the parameters' places, at ``at`` or at the parameters as they are."""
-        named = dict(self.model.named_parameters())
-        own = [named[name].detach() for name in self.parameters.names]
-        if at is not None:
-            if at.shape != (self.n,):
-                raise ArgumentError(f"the point must be a vector of {self.n} entries, got shape {tuple(at.shape)}.")
-            pieces = self.parameters.split(at.detach().to(self.device))
-            own = [piece.to(p.dtype) for piece, p in zip(pieces, map(measurable, own), strict=True)]
-        return [measurable(tensor).view_as(tensor).requires_grad_(True) for tensor in own]
 
-    def _tensors(self, leaves: Sequence[Tensor], others: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Return what to put in the places of the model's parameters and buffers."""
-        fixed = {name: measurable(p.detach()) for name, p in self.model.named_parameters()}
-        own = {name: measurable(b.detach()).clone() for name, b in self.model.named_buffers()}
-        chosen = dict(zip(self.parameters.names, leaves, strict=True))
-        return {f"model.{name}": tensor for name, tensor in {**fixed, **own, **chosen, **(others or {})}.items()}
+def _require_finite(i: int, terms: Terms) -> None:
+    if not math.isfinite(terms.total.item()):
+        raise NonFiniteError(
+            f"the loss of batch {i} (counted from 0) is {terms.total.item()}. "
+            "Check this batch for NaN, and the weights for overflow."
+        )
 
-    def _state(self) -> list[Tensor]:
-        """Return everything of the model that the loss depends on."""
-        flags = torch.tensor([module.training for module in self.model.modules()])
-        return [*self.model.parameters(), *self.model.buffers(), flags]
+
+def _require_dependence(used: Collection[int]) -> None:
+    """Refuse a loss that none of the parameters has a part in."""
+    if not used:
+        raise ModelError(
+            "the loss does not depend on the parameters that are measured. Look for .detach(), .item() and "
+            "torch.no_grad() in the model and the loss, and at params=..."
+        )

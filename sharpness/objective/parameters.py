@@ -42,6 +42,12 @@ class Parameters:
         """Return name and shape of each parameter."""
         return tuple((name, tuple(shape)) for name, shape in zip(self.names, self.shapes, strict=True))
 
+    def check(self, vector: Any) -> None:
+        """Refuse what is no ``(n,)`` vector."""
+        if not isinstance(vector, Tensor) or vector.shape != (self.n,):
+            got = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+            raise ArgumentError(f"a vector of {self.n} entries is needed, one per parameter measured, got {got}.")
+
     def split(self, flat: Tensor) -> list[Tensor]:  # (n,)
         """Return views of ``flat`` in the parameters' shapes."""
         return [piece.view(shape) for piece, shape in zip(torch.split(flat, self.sizes), self.shapes, strict=True)]
@@ -66,8 +72,11 @@ def choose(model: nn.Module, params: ParameterChoice | None) -> Parameters:
         )
     chosen = trainable if params is None else {name: trainable[name] for name in _matches(model, trainable, params)}
     for name, p in chosen.items():
-        if not p.is_floating_point():
-            raise ModelError(f"parameter {name!r} is {p.dtype}; only real floating point parameters can be measured.")
+        if p.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ModelError(
+                f"parameter {name!r} is {p.dtype}; only real floating point parameters of 16, 32 or 64 bits can be "
+                "measured. Leave it out with params=..., or convert the model."
+            )
         if isinstance(p, nn.UninitializedParameter):
             raise ModelError(f"parameter {name!r} has no shape yet. Run one forward pass to initialise lazy layers.")
     devices = {p.device for p in chosen.values()}
@@ -109,7 +118,8 @@ def _matches(model: nn.Module, trainable: dict[str, nn.Parameter], params: Any) 
         kept = {canonical[id(everything[name])] for name in found if id(everything[name]) in canonical}
         if not kept:
             raise ArgumentError(
-                f"`params`: {text!r} matches frozen parameters only. Call requires_grad_(True) on them first."
+                f"`params`: {text!r} matches only parameters that do not require grad. Call requires_grad_(True) on "
+                "them first, if they are floating point."
             )
         wanted |= kept
     return [name for name in trainable if name in wanted]

@@ -32,5 +32,9 @@ class HessianOperator(LinearOperator):
         super().__init__(objective.n, dtype=objective.dtype, device=objective.device)
         self.objective = objective
 
+    def product_error(self, rows: Tensor) -> float | None:
+        """Return the rounding error of products with the rows, measured against float64 on the first samples."""
+        return self.objective.product_error(rows)
+
     def _matvec(self, v: Tensor) -> Tensor:
         return self.objective.hvp(v)

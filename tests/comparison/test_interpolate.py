@@ -96,9 +96,9 @@ def test_bad_input():
         walk(path="straight")
     with pytest.raises(ArgumentError, match="`batch_norm` must be one of"):
         walk(batch_norm="reset")
-    with pytest.raises(ArgumentError, match="`alphas` must be finite numbers, at least one"):
+    with pytest.raises(ArgumentError, match="`alphas` must be a list of finite numbers, at least one"):
         walk(alphas=[])
-    with pytest.raises(ArgumentError, match="`alphas` must be finite"):
+    with pytest.raises(ArgumentError, match="`alphas` must be a list of finite"):
         walk(alphas=[float("nan")])
     wide = Quadratic(torch.eye(3, dtype=torch.float64))
     with pytest.raises(ArgumentError, match="differ in architecture, at 'w' first"):

@@ -143,4 +143,4 @@ def test_reprs_say_value_and_doubt(records):
     assert f"converged in {eigen.num_matvecs} matvecs" in repr(eigen)
     assert "a lower bound" in repr(records["EpsilonSharpnessResult"])
     assert repr(Spread.of([2.0])) == "2"
-    assert repr(Spread.of([1.0, 3.0])) == "2 ± 1.4"
+    assert repr(Spread.of([1.0, 3.0])) == "2.0 ± 1.4"

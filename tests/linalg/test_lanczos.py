@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from sharpness.errors import ArgumentError, ConvergenceError, ConvergenceWarning, NonFiniteError
-from sharpness.linalg import DenseOperator, FunctionOperator, dense, lanczos, power_iteration
+from sharpness.linalg import DenseOperator, FunctionOperator, LinearOperator, dense, lanczos, power_iteration
 from sharpness.linalg.krylov import KrylovSpace
 from sharpness.linalg.which import WHICH, select
 from tests.checks import contains
@@ -176,9 +176,42 @@ def test_not_converged_warns_with_the_numbers_or_raises_with_the_result():
 
 
 def test_the_default_budget_is_what_the_docstring_says():
-    g = torch.Generator().manual_seed(0)
-    hopeless = FunctionOperator(lambda v: torch.randn(600, generator=g, dtype=torch.float64), 600, dtype=torch.float64)
-    assert lanczos(hopeless, on_failure="ignore").num_matvecs == 220
+    values = torch.linspace(0, 1, 5000, dtype=torch.float64)
+    operator = FunctionOperator(lambda v: values * v, 5000, dtype=torch.float64)
+    assert lanczos(operator, tol=1e-13, on_failure="ignore").num_matvecs == 220
+
+
+class Doubtful(LinearOperator):
+    """Its products are said to be off by 0.05."""
+
+    def _matvec(self, v):
+        return torch.linspace(0, 1, self.n, dtype=self.dtype) * v
+
+    def product_error(self, rows):
+        assert rows.shape[1] == self.n
+        return 0.05
+
+
+@pytest.mark.parametrize("method", [lanczos, power_iteration, dense])
+def test_a_measured_rounding_error_widens_the_interval_and_is_no_convergence(method):
+    operator = Doubtful(40, dtype=torch.float64, device="cpu")
+    with pytest.warns(ConvergenceWarning, match=r"Rounding limits these eigenvalues: measure model.double\(\)"):
+        result = method(operator, 2, num_matvecs=3000)
+    assert (result.residuals >= 0.2).all()
+    assert result.settings["rounding"] == pytest.approx(0.2)
+
+
+def test_rounding_that_hides_everything_ends_the_run():
+    """More products cannot help once all that is left is rounding."""
+    values = torch.linspace(0, 1, 400, dtype=torch.float64) ** 8
+    g = torch.Generator().manual_seed(99)
+
+    def noisy(v):
+        return values * v + 1e-5 * torch.randn(400, generator=g, dtype=torch.float64)
+
+    result = lanczos(FunctionOperator(noisy, 400, dtype=torch.float64), tol=1e-5, on_failure="ignore")
+    assert not result.converged
+    assert result.num_matvecs < 60
 
 
 def test_a_budget_that_ends_before_the_complement_is_searched_is_not_called_converged():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sharpness.errors import ArgumentError
-from sharpness.linalg import DeflatedOperator, DenseOperator, FunctionOperator
+from sharpness.linalg import DenseOperator, FunctionOperator
 from tests.checks import check_operator
 from tests.zoo import rotated
 
@@ -12,9 +12,6 @@ def test_operators_obey_the_contract(dtype):
     matrix = rotated(torch.linspace(-2, 3, 9, dtype=torch.float64))
     check_operator(DenseOperator(matrix.to(dtype)), matrix)
     check_operator(FunctionOperator(lambda v: matrix.to(dtype) @ v, 9, dtype=dtype), matrix)
-    q, _ = torch.linalg.qr(torch.randn(9, 2, dtype=torch.float64))
-    p = torch.eye(9, dtype=torch.float64) - q @ q.T
-    check_operator(DeflatedOperator(DenseOperator(matrix.to(dtype)), q.T.to(dtype)), p @ matrix @ p)
 
 
 def test_vectors_that_do_not_fit_are_refused():

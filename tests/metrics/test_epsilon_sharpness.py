@@ -113,7 +113,7 @@ def test_the_best_point_is_kept_and_lies_in_the_box():
             self.inner = problem.model
 
         def forward(self, x):
-            weights = [p.detach().reshape(-1) for p in self.inner.parameters() if p.requires_grad]
+            weights = [p.detach().reshape(-1) for name, p in self.inner.named_parameters() if name != "frozen"]
             out = self.inner(x)
             seen.append(torch.cat(weights))
             return out

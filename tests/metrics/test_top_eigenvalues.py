@@ -1,3 +1,6 @@
+import copy
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -7,7 +10,7 @@ from sharpness import HessianOperator, Objective, linalg
 from sharpness.errors import ArgumentError, ConvergenceError, ConvergenceWarning, DeterminismWarning, ModelError
 from sharpness.linalg.which import WHICH, select
 from tests.checks import assert_untouched, contains
-from tests.zoo import batches, features, networks, problems, tanh_net
+from tests.zoo import batches, dense_hessian, features, networks, problems, tanh_net
 
 
 @pytest.mark.parametrize("which", WHICH)
@@ -98,7 +101,92 @@ def test_not_converged_warns_or_raises():
         sharpness.top_eigenvalues(problem.model, problem.loader, k=3, num_matvecs=4)
     with pytest.raises(ConvergenceError, match="lanczos spent 4 products") as caught:
         sharpness.top_eigenvalues(problem.model, problem.loader, k=3, num_matvecs=4, on_failure="raise")
-    assert len(caught.value.result.eigenvalues) == 3
+    best = caught.value.result
+    assert len(best.eigenvalues) == 3
+    assert best.num_passes == 5
+    assert best.settings["loss"] == "cross-entropy (inferred)"
+
+
+def test_numpy_numbers_are_numbers(tmp_path):
+    problem = tanh_net()
+    result = sharpness.top_eigenvalues(problem.model, problem.loader, k=np.int64(2), tol=np.float32(1e-2))
+    result.save(tmp_path / "a")
+    sharp = sharpness.epsilon_sharpness(problem.model, problem.loader, epsilon=np.float32(1e-3), max_iter=np.int64(2))
+    sharp.save(tmp_path / "b")
+
+
+# --- rounding ------------------------------------------------------------------------------------------------------
+
+
+def trained(target, seed):
+    """A ReLU classifier of digits, trained until its float32 curvature is a small difference of large numbers."""
+    torch.manual_seed(seed)
+    x, y = sharpness.datasets.digits(num_train=300)[0].tensors
+    model = nn.Sequential(nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(4000):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        if loss < target:
+            break
+    return model, x, y
+
+
+@pytest.mark.parametrize("target", [1e-2, 1e-4, 1e-5])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_float32_intervals_hold_an_eigenvalue_of_the_float64_hessian(target, seed):
+    model, x, y = trained(target, seed)
+    result = sharpness.top_eigenvalues(model, batches(x, y, sizes=(200, 100)), k=4)
+    exact = sharpness.top_eigenvalues(copy.deepcopy(model).double(), [(x.double(), y)], k=30, tol=1e-7)
+    for low, high in result.interval.tolist():
+        assert ((low <= exact.eigenvalues) & (exact.eigenvalues <= high)).any()
+    assert result.settings["rounding"] < 1e-3 * result.eigenvalues[0]
+
+
+def test_intervals_of_200_random_float32_networks_hold_an_eigenvalue():
+    missed = []
+    for seed in range(200):
+        g = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        width, classes = (int(torch.randint(2, 7, (1,), generator=g)) for _ in "wc")
+        activation = [nn.Tanh, nn.ReLU, nn.GELU][seed % 3]
+        model = nn.Sequential(nn.Linear(3, width), activation(), nn.Linear(width, classes))
+        for p in model.parameters():
+            p.data.mul_(10 ** (2 * torch.rand(1, generator=g).item() - 0.5))
+        x, y = torch.randn(17, 3, generator=g), torch.randint(0, classes, (17,), generator=g)
+        wide = copy.deepcopy(model).double()
+        hessian = dense_hessian(wide, lambda m, x=x, y=y: nn.functional.cross_entropy(m(x.double()), y))
+        exact = torch.linalg.eigvalsh(hessian)
+        loader = batches(x, y, sizes=(7, 7, 3))
+        k = 1 + seed % 3
+        for method in ("lanczos", "power"):
+            result = sharpness.top_eigenvalues(
+                model, loader, k=k, which=WHICH[seed % 4], method=method, num_matvecs=60, on_failure="ignore"
+            )
+            for low, high in result.interval.tolist():
+                if not ((low <= exact) & (exact <= high)).any():
+                    missed.append((seed, method, low, high))
+    assert missed == []
+
+
+def test_a_model_that_cannot_run_in_float64_gets_a_wider_allowance():
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x.float(), self.layer.weight, self.layer.bias)
+
+    loader = [(x.float(), y) for x, y in batches(features(3), torch.arange(11) % 3)]
+    torch.manual_seed(0)
+    single = sharpness.top_eigenvalues(Single(), loader)
+    torch.manual_seed(0)
+    plain = sharpness.top_eigenvalues(nn.Linear(3, 3), loader)
+    assert single.converged
+    assert single.settings["rounding"] > plain.settings["rounding"]
 
 
 def test_warnings_point_at_the_line_of_the_caller():

@@ -302,7 +302,7 @@ def test_losses_that_cannot_be_differentiated():
         Objective(model, loader, lambda o, t: o.sum(1)).value()
     with pytest.raises(ArgumentError, match='reduction="none"'):
         Objective(model, loader, nn.CrossEntropyLoss(reduction="none"))
-    with pytest.raises(ModelError, match=r"batch 0 \(counted from 0\) does not depend on the parameters"):
+    with pytest.raises(ModelError, match="the loss does not depend on the parameters that are measured"):
         Objective(model, loader, lambda o, t: o.detach().mean()).gradient()
     with pytest.raises(ArgumentError, match=r"must be a callable .* Pass an instance, CrossEntropyLoss\(\)"):
         Objective(model, loader, nn.CrossEntropyLoss)

@@ -56,7 +56,7 @@ def test_the_vector_is_in_the_order_of_named_parameters():
             r"'core.first.wieght' matches no parameter of the model. Did you mean 'core.first.weight'",
         ),
         (re.compile("conv"), "'conv' matches no parameter"),
-        ("frozen", r"'frozen' matches frozen parameters only. Call requires_grad_\(True\)"),
+        ("frozen", r"'frozen' matches only parameters that do not require grad. Call requires_grad_\(True\)"),
         (lambda name, p: False, "the predicate was false for every trainable one"),
         ([], "must be a name, a glob"),
         (3, "must be a name, a glob"),
