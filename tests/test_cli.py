@@ -42,6 +42,13 @@ def test_files_that_cannot_be_written_are_found_before_the_work(tmp_path, capsys
     assert "cannot be written. Choose a file in a folder that exists" in capsys.readouterr().err
 
 
+def test_pictures_of_an_unknown_kind_are_found_before_the_work(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(demo, "compare_batch_sizes", None)
+    assert cli.main(["demo", "--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.xyz")]) == 1
+    assert "is no kind of picture known here. Use one of" in capsys.readouterr().err
+
+
 def test_bad_options_give_the_reason_and_exit_code_1(tmp_path, capsys):
     files = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
     assert cli.main(["demo", "--seeds", "0", *files]) == 1

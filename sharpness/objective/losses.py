@@ -341,18 +341,20 @@ def _require_additive(loss_fn: LossFn, outputs: Any, targets: Any, whole: float)
     count = min(tensor.shape[0] for tensor in (*tensors_in(outputs), *tensors_in(targets)))
     if count < 2:
         return
-    half = count // 2
-    parts = []
-    for piece, weight in ((slice(None, half), half), (slice(half, None), count - half)):
-        loss = _scalar(loss_fn(map_tensors(lambda t: t[piece], outputs), map_tensors(lambda t: t[piece], targets)))  # noqa: B023
-        parts.append(weight * loss.item())
-    if abs(sum(parts) / count - whole) > 1e-3 * abs(whole):
-        raise ArgumentError(
-            f"the loss {_name(loss_fn)} is no plain mean over samples: {whole:.6g} on a batch, "
-            f"{sum(parts) / count:.6g} from its halves; terms seem to be weighted or ignored. Pass "
-            "torch.nn.CrossEntropyLoss(weight=..., ignore_index=...) itself, or batch_loss=callable(model, batch) -> "
-            "(mean loss, total weight)."
-        )
+    for cut in {1, count // 2}:
+        parts = []
+        for piece, weight in ((slice(None, cut), cut), (slice(cut, None), count - cut)):
+            pair = (map_tensors(lambda t: t[piece], batch) for batch in (outputs, targets))  # noqa: B023 - used at once
+            parts.append(weight * _scalar(loss_fn(*pair)).item() / count)
+        if not abs(sum(parts) - whole) <= 1e-3 * abs(whole):  # NaN is no agreement either
+            break
+    else:
+        return
+    raise ArgumentError(
+        f"the loss {_name(loss_fn)} is no plain mean over samples: {whole:.6g} on a batch, {sum(parts):.6g} from its "
+        "parts; terms seem to be weighted or ignored. Pass torch.nn.CrossEntropyLoss(weight=..., ignore_index=...) "
+        "itself, or batch_loss=callable(model, batch) -> (mean loss, total weight)."
+    )
 
 
 def _twice(batch: Any) -> Any:

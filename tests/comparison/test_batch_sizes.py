@@ -129,9 +129,34 @@ def test_bad_input_is_found_before_anything_is_trained():
         ({"lr_scaling": "cubic"}, "`lr_scaling` must be one of 'none', 'linear', 'sqrt'"),
         ({"metrics": ["sharpness"]}, "holds 'sharpness'; the names are"),
         ({"train": [TRAIN]}, "`train_set` must be a data set"),
+        ({"train": (X, Y[:5])}, "`train_set` has 40 inputs and 5 targets"),
+        ({"train": (X[:0], Y[:0])}, "`train_set` is empty"),
+        ({"metrics": [("top_eigenvalues", {"kk": 1})]}, "asks top_eigenvalues for 'kk'"),
+        ({"memory": "lots"}, "`memory` must be"),
+        ({"loss_fn": "ce"}, "`loss_fn` must be a callable"),
+        ({"on_trained": 3}, "`on_trained` must be callable, got int"),
     ):
         with pytest.raises(ArgumentError, match=match):
             run(never, **options)
+
+
+def test_a_model_in_place_of_a_factory_is_named():
+    for make_model in (net(), 3):
+        with pytest.raises(ArgumentError, match="`make_model` must be a function that returns a new model"):
+            run(make_model)
+
+
+def test_an_optimizer_factory_that_makes_something_else_is_named():
+    with pytest.raises(ArgumentError, match="`optimizer` must return a torch.optim.Optimizer, got int"):
+        run(optimizer=lambda parameters: 3)
+
+
+def test_samples_may_be_dicts():
+    class Dicts(Slow):
+        def __getitem__(self, i):
+            return {"input": X[i], "labels": Y[i]}
+
+    assert all(row.train_loss.mean <= 0.1 for row in run(train=Dicts(), seeds=1).rows)
 
 
 def test_factories_that_do_not_make_new_models():

@@ -90,6 +90,8 @@ def test_bad_input():
             compare(models)
     with pytest.raises(ArgumentError, match="'a' must be a torch.nn.Module or a list of them"):
         compare({"a": [3]})
+    with pytest.raises(ArgumentError, match="'a' must be a torch.nn.Module or a list of them"):
+        compare({"a": 3})
     with pytest.raises(ArgumentError, match="holds 'top_eigenvalue'; the names are .* Did you mean 'top_eigenvalues'"):
         compare({"a": bowl(1.0)}, metrics=["top_eigenvalue"])
     with pytest.raises(ArgumentError, match='`metrics` must be "default" or a list'):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sharpness.errors import ArgumentError
-from sharpness.linalg import DenseOperator, FunctionOperator
+from sharpness.linalg import DenseOperator, FunctionOperator, dense, lanczos, power_iteration
 from tests.checks import check_operator
 from tests.zoo import rotated
 
@@ -33,6 +33,23 @@ def test_matrices_that_are_not_symmetric_are_refused():
         DenseOperator(torch.ones(2, 3))
     with pytest.raises(ArgumentError, match="must be torch.float32 or torch.float64, got torch.int64"):
         DenseOperator([[1, 0], [0, 1]])
+
+
+def test_matrices_that_require_grad_and_functions_that_reuse_their_memory():
+    matrix = torch.nn.Parameter(rotated(torch.linspace(-2, 3, 9, dtype=torch.float64)))
+    memory = torch.zeros(9, dtype=torch.float64)
+
+    def reused(v):
+        return torch.matmul(matrix.detach(), v, out=memory)
+
+    for operator in (
+        DenseOperator(matrix),
+        FunctionOperator(lambda v: matrix @ v, 9, dtype=torch.float64),
+        FunctionOperator(reused, 9, dtype=torch.float64),
+    ):
+        check_operator(operator, matrix.detach())
+        for method in (lanczos, power_iteration, dense):
+            assert method(operator).eigenvalues.item() == pytest.approx(3.0, rel=1e-3)
 
 
 def test_a_function_that_returns_another_shape_is_named():

@@ -47,6 +47,12 @@ def test_smallest_and_both_ends():
     )
 
 
+def test_the_vector_before_a_shift_is_never_accepted():
+    values = torch.tensor([5.0, -5.0, *[0.0] * 18], dtype=torch.float64)
+    result = power_iteration(DenseOperator(torch.diag(values)), 2, num_matvecs=2000)
+    assert result.eigenvalues.tolist() == pytest.approx([5.0, 0.0], abs=1e-3)
+
+
 def test_a_stalled_iteration_is_not_called_converged():
     operator = DenseOperator(rotated(SPECTRA["plus and minus five"]))
     result = power_iteration(operator, which="magnitude", on_failure="ignore")
