@@ -1,4 +1,4 @@
-"""Every exception and warning that the library raises on purpose.
+"""The tree of exceptions and warnings.
 
 ::
 

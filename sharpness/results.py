@@ -43,9 +43,11 @@ class EigenResult(Record):
 
     Attributes:
         eigenvalues: ``(k,)`` in the order that ``which`` asks for, float64 on the CPU.
-        residuals: ``(k,)`` upper bounds of ``|A v - lambda v|`` for the unit vectors found, rounding included.
+        residuals: ``(k,)`` upper bounds of ``|A v - lambda v|`` for the unit vectors found and the operator as it is
+            computed, with an allowance for rounding of a few ``eps |A|``.
         interval: ``(k, 2)`` low and high; each row contains an eigenvalue of the operator *for certain*
-            (every symmetric matrix has an eigenvalue within the residual of any pair).
+            (every symmetric matrix has an eigenvalue within the residual of any pair). To each side it reaches as
+            far as the residual or, for a float32 model, the rounding measured against float64 if that is more.
         kato_temple: ``(k, 2)`` tighter rows that hold if the eigenvalues found are all there are nearby:
             the residual squared over the gap to the neighbours found. NaN where the gap does not allow it.
         converged: Whether every residual is at most ``tol * abs(eigenvalue)``, or at the level of rounding.

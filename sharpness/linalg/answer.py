@@ -47,15 +47,16 @@ def answer(
     """Build the result; warn or raise if it is not converged."""
     error = operator.product_error(rows)
     measured = _UNMEASURED * floor if error is None else _SAFETY * error
-    residuals = residuals + max(measured - allowed, 0.0)
-    rounding = max(floor, measured)
+    # Convergence is a matter of the operator as it is computed; the intervals also allow for what rounding does to it.
     good = accurate(theta, residuals, tol=tol, floor=floor)
+    bounds = residuals + max(measured - allowed, 0.0)
+    rounding = max(floor, measured)
     converged = bool(good[wanted].all()) and not unfinished
     result = EigenResult(
         eigenvalues=as_float64(theta[wanted]),
         residuals=as_float64(residuals[wanted]),
-        interval=as_float64(residual_interval(theta[wanted], residuals[wanted])),
-        kato_temple=as_float64(kato_temple(theta, residuals, wanted, rounding)),
+        interval=as_float64(residual_interval(theta[wanted], bounds[wanted])),
+        kato_temple=as_float64(kato_temple(theta, bounds, wanted, rounding)),
         converged=converged,
         num_matvecs=num_matvecs,
         num_passes=0,
@@ -78,8 +79,6 @@ def answer(
                 f"{len(missed)} of {len(wanted)} eigenvalues missed the tolerance: "
                 f"worst relative residual {worst:.1e}, asked for {tol:.1e}"
             )
-        if len(missed) and (rounding > tol * np.abs(theta[missed])).any():
-            hint = "Rounding limits these eigenvalues: measure model.double() on data in float64."
         message = f"{settings['method']} spent {num_matvecs} products, and {reason}. {hint}"
         if on_failure == "raise":
             raise ConvergenceError(message, result)

@@ -58,8 +58,8 @@ class Functional:
         answer: T = functional_call(self._frame, places, (body,))
         return answer
 
-    def products(self, batch: Any, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:  # (k, n) -> (k, n)
-        """Return the Hessian of a batch's total loss times each of the rows, computed in ``dtype``, and its weight."""
+    def product(self, batch: Any, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:  # (n,) -> (n,)
+        """Return the Hessian of a batch's total loss times ``v``, computed in ``dtype``, and the batch's weight."""
 
         def cast(tensor: Tensor) -> Tensor:
             return tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -69,13 +69,9 @@ class Functional:
 
         def body() -> tuple[Tensor, float]:
             terms = self.terms(map_tensors(cast, batch), places)
-            graph = FirstOrder.of(terms, leaves)
-            found = []
-            for row in rows.detach():
-                pieces = graph.product(leaves, self._parameters.split(row), keep=True)
-                whole = [leaf.detach() * 0 if g is None else g.detach() for g, leaf in zip(pieces, leaves, strict=True)]
-                found.append(torch.cat([piece.reshape(-1).double() for piece in whole]))
-            return torch.stack(found), terms.weight
+            pieces = FirstOrder.of(terms, leaves).product(leaves, self._parameters.split(v.detach()), keep=False)
+            whole = [leaf.detach() * 0 if g is None else g.detach() for g, leaf in zip(pieces, leaves, strict=True)]
+            return torch.cat([piece.reshape(-1).double() for piece in whole]), terms.weight
 
         with default_dtype(dtype):
             return self.inside(places, body)

@@ -30,7 +30,7 @@ from sharpness.objective.losses import BatchLoss, Criterion, LossFn, Terms
 from sharpness.objective.memory import Budget
 from sharpness.objective.parameters import ParameterChoice, choose
 
-_SAMPLES = 256  # to measure rounding errors on
+_SAMPLES = 32  # to measure rounding errors on
 _SLACK = {torch.float32: 1e-5, torch.float64: 1e-10}  # relative change of the loss by another order of summation
 
 
@@ -181,17 +181,18 @@ class Objective:
             return self._functional.inside(self._functional.places(leaves), lambda: self._hvp(leaves, v))
 
     def product_error(self, rows: Tensor) -> float | None:  # (k, n)
-        """Return by how much rounding moves a product with one of the rows: its distance from the float64 product.
+        """Return by how much rounding moves products with the rows: their distance from those in float64.
 
         Measured on the first samples only. Zero for a float64 model; ``None`` if the model cannot run in float64.
         """
         if self.dtype == torch.float64:
             return 0.0
+        v = rows.sum(dim=0)  # stands for each of them: the error of any one shows up in it
         left, weight = _SAMPLES, 0.0
-        error = torch.zeros(len(rows), self.n, dtype=torch.float64, device=self.device)
+        error = torch.zeros(self.n, dtype=torch.float64, device=self.device)
         with self.session():
             for _, batch in self.batches.walk():
-                found = self._error_on(first_samples(batch, left), rows) or self._error_on(batch, rows)
+                found = self._error_on(first_samples(batch, left), v) or self._error_on(batch, v)
                 if found is None:
                     return None
                 error += found[0]
@@ -199,15 +200,15 @@ class Objective:
                 left -= len(next(iter(tensors_in(batch)), "1"))
                 if left <= 0:
                     break
-        return float(torch.linalg.vector_norm(error / weight, dim=1).max()) if weight else None
+        return float(torch.linalg.vector_norm(error)) / weight if weight else None
 
-    def _error_on(self, batch: Any, rows: Tensor) -> tuple[Tensor, float] | None:
-        """Return float64 minus float32 products on one batch, times its weight; ``None`` if they cannot be had."""
+    def _error_on(self, batch: Any, v: Tensor) -> tuple[Tensor, float] | None:
+        """Return the float64 less the float32 product on one batch, times its weight; ``None`` if they fail."""
         products = []
         for dtype in (torch.float32, torch.float64):
             reseed(self.seed, 0, 0)
             try:
-                products.append(self._functional.products(batch, rows, dtype))
+                products.append(self._functional.product(batch, v, dtype))
             except (
                 RuntimeError,
                 ValueError,
