@@ -182,10 +182,12 @@ def _calls(metrics: Any) -> dict[str, Callable[[Objective], Record]]:
     def bind(function: Callable[..., Record], given: Mapping[str, Any]) -> Callable[[Objective], Record]:
         return lambda objective: function(objective, **{"on_failure": "ignore", **given})
 
-    calls = {}
+    calls: dict[str, Callable[[Objective], Record]] = {}
     for name, given in pairs:
         chosen = ", ".join(f"{key}={value!r}" for key, value in given.items())
         key = f"{name}({chosen})" if names.count(name) > 1 and chosen else name
+        if key in calls:
+            raise ArgumentError(f"`metrics` asks for {key} twice. Give the two different options, or leave one out.")
         calls[key] = bind(METRICS[name], given)
     return calls
 

@@ -123,6 +123,8 @@ class DenseOperator(LinearOperator):
         self.matrix = torch.as_tensor(matrix).detach()
         if self.matrix.ndim != 2 or self.matrix.shape[0] != self.matrix.shape[1]:
             raise ArgumentError(f"`matrix` must be square, got shape {tuple(self.matrix.shape)}.")
+        if not bool(torch.isfinite(self.matrix).all()):
+            raise ArgumentError("`matrix` holds NaN or infinity.")
         slack = 1e-5 * self.matrix.abs().max().item() if self.matrix.numel() else 0.0
         if not torch.allclose(self.matrix, self.matrix.T, rtol=0.0, atol=slack):
             raise ArgumentError("`matrix` must be symmetric. Pass (matrix + matrix.T) / 2 if that is what you mean.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,15 +37,7 @@ def open_objective(model: Any, loader: Any, loss_fn: Any, options: Mapping[str, 
     return model
 
 
-_DEFAULTS: dict[str, Any] = {
-    "batch_loss": None,
-    "params": None,
-    "mode": "eval",
-    "max_batches": None,
-    "seed": 0,
-    "progress": None,
-    "memory": "auto",
-}
+_DEFAULTS = {name: option.default for name, option in inspect.signature(Objective).parameters.items()}
 
 
 def provenance(objective: Objective, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,6 +96,8 @@ def test_bad_input():
         compare({"a": bowl(1.0)}, metrics=["top_eigenvalue"])
     with pytest.raises(ArgumentError, match='`metrics` must be "default" or a list'):
         compare({"a": bowl(1.0)}, metrics="top_eigenvalues")
+    with pytest.raises(ArgumentError, match="asks for top_eigenvalues twice"):
+        compare({"a": bowl(1.0)}, metrics=["top_eigenvalues", "top_eigenvalues"])
     with pytest.raises(ArgumentError, match=r"a name, or a pair \(name, options\), is needed"):
         compare({"a": bowl(1.0)}, metrics=[3])
 

@@ -11,17 +11,20 @@ NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
 def blocks(page):
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+    """The code blocks of a page, each with the text block right after it: what it prints, to the letter."""
+    found = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", page.read_text(), re.M | re.S)
+    return [(code, printed) for code, printed in found]
 
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs_in_order_and_prints_what_it_says(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
-    for block in blocks(page):
-        exec(compile(block, f"{page.name}", "exec"), namespace)  # noqa: S102
-    assert PAGES  # a page without code is prose
+    for code, printed in blocks(page):
+        exec(compile(code, page.name, "exec"), namespace)  # noqa: S102
+        said = capsys.readouterr().out
+        assert not printed or said.rstrip() == printed.rstrip()
 
 
 def test_there_is_code_to_run():

@@ -29,6 +29,8 @@ def test_vectors_that_do_not_fit_are_refused():
 def test_matrices_that_are_not_symmetric_are_refused():
     with pytest.raises(ArgumentError, match="must be symmetric"):
         DenseOperator([[1.0, 2.0], [0.0, 1.0]])
+    with pytest.raises(ArgumentError, match="holds NaN or infinity"):
+        DenseOperator([[1.0, float("nan")], [float("nan"), 1.0]])
     with pytest.raises(ArgumentError, match=r"must be square, got shape \(2, 3\)"):
         DenseOperator(torch.ones(2, 3))
     with pytest.raises(ArgumentError, match="must be torch.float32 or torch.float64, got torch.int64"):
