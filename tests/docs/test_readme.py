@@ -4,8 +4,6 @@ import doctest
 import re
 from pathlib import Path
 
-import pytest
-
 README = Path(__file__).parents[2] / "README.md"
 TEXT = README.read_text()
 SHELL = re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", TEXT, re.M | re.S)
@@ -30,8 +28,3 @@ def test_it_is_short_and_its_pictures_and_links_exist():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", TEXT) if "://" not in link]
     assert links
     assert [link for link in links if not (README.parent / link).exists()] == []
-
-
-@pytest.mark.parametrize("word", ["TODO", "coming soon"])
-def test_it_promises_nothing_unfinished(word):
-    assert word not in TEXT

@@ -111,8 +111,10 @@ def test_numpy_numbers_are_numbers(tmp_path):
     problem = tanh_net()
     result = sharpness.top_eigenvalues(problem.model, problem.loader, k=np.int64(2), tol=np.float32(1e-2))
     result.save(tmp_path / "a")
+    assert sharpness.EigenResult.load(tmp_path / "a").settings["k"] == 2
     sharp = sharpness.epsilon_sharpness(problem.model, problem.loader, epsilon=np.float32(1e-3), max_iter=np.int64(2))
     sharp.save(tmp_path / "b")
+    assert sharpness.EpsilonSharpnessResult.load(tmp_path / "b").settings["max_iter"] == 2
 
 
 # --- rounding ------------------------------------------------------------------------------------------------------
