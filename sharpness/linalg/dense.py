@@ -6,11 +6,11 @@ import time
 
 import torch
 
-from sharpness._checks import check_choice, check_count, check_flag, check_positive
+from sharpness._checks import check_choice, check_count, check_flag, check_positive, size_text
 from sharpness.errors import ArgumentError, NonFiniteError
 from sharpness.linalg.answer import OnFailure, answer, check_on_failure
 from sharpness.linalg.bounds import rounding_level
-from sharpness.linalg.operator import LinearOperator
+from sharpness.linalg.operator import LinearOperator, check_operator
 from sharpness.linalg.which import WHICH, Which, select
 from sharpness.results import EigenResult
 
@@ -52,7 +52,7 @@ def dense(
 
     Cost: ``n`` products, ``O(n^3)`` operations, ``40 n^2`` bytes.
     """
-    n = operator.n
+    n = check_operator(operator)
     k = check_count("k", k, high=n, of="the dimension of the operator")
     check_choice("which", which, WHICH)
     tol = check_positive("tol", tol)
@@ -61,7 +61,7 @@ def dense(
     needed, limit = 40 * n * n, memory or _LIMIT  # memory=0 says that nothing is kept, not that nothing is there
     if needed > limit:
         raise ArgumentError(
-            f'method="dense" would need {_size(needed)} for the {n} x {n} matrix, {_size(limit)} '
+            f'method="dense" would need {size_text(needed)} for the {n} x {n} matrix, {size_text(limit)} '
             f'are allowed. Use method="lanczos", or pass memory={needed} if the machine has that much.'
         )
     if num_matvecs is not None and check_count("num_matvecs", num_matvecs) < n:
@@ -99,12 +99,3 @@ def dense(
         on_failure=on_failure,
         hint="The operator is not symmetric, or rounding limits these eigenvalues: try a float64 model.",
     )
-
-
-def _size(count: float) -> str:
-    """Return a number of bytes in a unit that fits."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

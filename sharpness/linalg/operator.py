@@ -1,7 +1,8 @@
 """Symmetric linear operators: something that multiplies a vector, and its size.
 
 Algorithms see ``matvec``, ``shape``, ``dtype`` and ``device`` only; whether a network, a matrix or a
-function stands behind them is not their business. A new operator supplies ``_matvec`` and its size.
+function stands behind them is not their business. A new operator supplies ``_matvec`` and its size, and ``_matmat``
+where it multiplies a block for less than its columns.
 """
 
 from __future__ import annotations
@@ -67,11 +68,24 @@ class LinearOperator(ABC):
             ArgumentError: If ``V`` has another shape, dtype or device than the operator.
         """
         self._check(V, dims=2)
-        return torch.stack([self.matvec(column) for column in V.unbind(1)], dim=1) if V.shape[1] else V.clone()
+        if not V.shape[1]:
+            return V.clone()
+        with torch.no_grad():
+            product = self._matmat(V).detach()
+        if product.shape != V.shape or product.dtype != V.dtype:
+            raise ArgumentError(
+                f"the operator's product has shape {tuple(product.shape)} and {product.dtype}; it must have "
+                f"{tuple(V.shape)} and {V.dtype} like the matrix. Mend its _matmat."
+            )
+        return product
+
+    def _matmat(self, V: Tensor) -> Tensor:  # (n, m) -> (n, m)
+        """Multiply the columns of a matrix that was checked; override where a block is cheaper than its columns."""
+        return torch.stack([self.matvec(column) for column in V.unbind(1)], dim=1)
 
     def __matmul__(self, other: Tensor) -> Tensor:
         """Return ``matvec`` of a vector or ``matmat`` of a matrix."""
-        return self.matmat(other) if other.ndim == 2 else self.matvec(other)
+        return self.matmat(other) if isinstance(other, Tensor) and other.ndim == 2 else self.matvec(other)
 
     def product_error(self, rows: Tensor) -> float | None:  # (k, n)
         """Return the largest measured rounding error of a product with one of the unit rows; ``None`` if not known.
@@ -85,7 +99,7 @@ class LinearOperator(ABC):
         return self.matmat(torch.eye(self.n, dtype=self.dtype, device=self.device))
 
     def to_scipy(self) -> ScipyOperator:
-        """Return the operator as SciPy's ``LinearOperator``, for ``eigsh`` and the like."""
+        """Return the operator as SciPy's ``LinearOperator``, blocks included, for ``eigsh`` and the like."""
         kind = {torch.float32: np.float32, torch.float64: np.float64}[self.dtype]
 
         def matvec(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -93,7 +107,12 @@ class LinearOperator(ABC):
             product: np.ndarray[Any, Any] = self.matvec(v).cpu().numpy()
             return product
 
-        return ScipyOperator(self.shape, matvec=matvec, rmatvec=matvec, dtype=kind)
+        def matmat(X: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            V = torch.as_tensor(np.array(X), dtype=self.dtype, device=self.device)
+            product: np.ndarray[Any, Any] = self.matmat(V).cpu().numpy()
+            return product
+
+        return ScipyOperator(self.shape, matvec=matvec, rmatvec=matvec, matmat=matmat, rmatmat=matmat, dtype=kind)
 
     def _check(self, v: Any, *, dims: int) -> None:
         wanted = f"{'a vector' if dims == 1 else 'a matrix'} of {self.n} {'entries' if dims == 1 else 'rows'}"
@@ -105,6 +124,20 @@ class LinearOperator(ABC):
                 f"the operator multiplies {self.dtype} vectors on {self.device}, got {v.dtype} on {v.device}. "
                 f"Convert with v.to(dtype={self.dtype}, device={str(self.device)!r})."
             )
+
+
+def check_operator(operator: Any) -> int:
+    """Return the dimension of an operator; refuse what is none.
+
+    Raises:
+        ArgumentError: If there is no dimension, dtype or device.
+    """
+    if not all(hasattr(operator, name) for name in ("n", "dtype", "device")):
+        raise ArgumentError(
+            f"`operator` must be a LinearOperator, got {type(operator).__name__}. Pass DenseOperator(matrix), or "
+            "FunctionOperator(function, n)."
+        )
+    return int(operator.n)
 
 
 @final
@@ -132,6 +165,9 @@ class DenseOperator(LinearOperator):
 
     def _matvec(self, v: Tensor) -> Tensor:
         return self.matrix @ v
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        return self.matrix @ V
 
 
 @final

@@ -13,8 +13,9 @@ from sharpness._progress import check_progress, progress_bar
 from sharpness.errors import ArgumentError, NonFiniteError
 from sharpness.linalg.answer import OnFailure, answer, check_on_failure
 from sharpness.linalg.bounds import rounding_level
-from sharpness.linalg.operator import LinearOperator
+from sharpness.linalg.operator import LinearOperator, check_operator
 from sharpness.linalg.products import dot, norm
+from sharpness.linalg.rayleigh_ritz import rayleigh_ritz
 from sharpness.linalg.which import WHICH, Which, count, select
 from sharpness.results import EigenResult
 
@@ -73,7 +74,7 @@ def power_iteration(
         >>> power_iteration(DenseOperator([[2.0, 1.0], [1.0, 2.0]])).eigenvalues.round(decimals=4)
         tensor([3.], dtype=torch.float64)
     """
-    n = operator.n
+    n = check_operator(operator)
     k = check_count("k", k, high=n, of="the dimension of the operator")
     check_choice("which", which, WHICH)
     tol = check_positive("tol", tol)
@@ -93,7 +94,7 @@ def power_iteration(
 
     rows = torch.zeros(0, n, dtype=operator.dtype, device=operator.device)
     images: list[Tensor] = []  # the products of the rows
-    spent, scale = 0, 0.0
+    spent, scale, sure = 0, 0.0, True
     with progress_bar(check_progress(progress), total=budget, title="power iteration") as bar:
         for i, side in enumerate(sides):
             share = (budget - spent) // (wanted - i)
@@ -103,20 +104,16 @@ def power_iteration(
                 bar.update()
                 if search.done(tol):
                     break
-            spent, scale = spent + search.spent, search.scale
+            spent, scale, sure = spent + search.spent, search.scale, sure and search.at_right_end
             rows = torch.cat([rows, search.vector[None]])
             images.append(search.image)
 
     # A vector found later is coupled to those before by their errors. Rayleigh-Ritz in the span of all removes that,
     # and needs no product.
-    products = torch.stack(images)
-    projected = (rows.double() @ products.double().T).cpu()
-    values, s = torch.linalg.eigh((projected + projected.T) / 2)
-    mixing = s.T.to(rows)
-    rows, products = mixing @ rows, mixing @ products
-    theta = values.numpy()
+    pairs = rayleigh_ritz(rows, torch.stack(images))
+    theta = pairs.theta
     floor = rounding_level(operator.dtype, scale)
-    bounds = np.array([norm(w - t * v) for v, w, t in zip(rows, products, theta.tolist(), strict=True)]) + floor
+    bounds = pairs.residuals + floor
     chosen = select(theta, which, k)
     return answer(
         operator=operator,
@@ -127,12 +124,13 @@ def power_iteration(
         allowed=floor,
         tol=tol,
         num_matvecs=spent,
-        rows=rows[torch.as_tensor(chosen.copy(), device=rows.device)],
+        rows=pairs.rows[torch.as_tensor(chosen.copy(), device=rows.device)],
         vectors=vectors,
         settings={"method": "power", "which": which, "k": k, "tol": tol, "seed": seed, "num_matvecs": num_matvecs},
         started=started,
         on_failure=on_failure,
         hint="Raise num_matvecs, or use lanczos, which needs far fewer products.",
+        unfinished="" if sure else "the products ended before the wanted end of the spectrum was reached",
     )
 
 
@@ -179,8 +177,13 @@ class _Search:
         floor = rounding_level(self.operator.dtype, self.scale)
         # Half the tolerance leaves room for the coupling to the other pairs.
         settled = self.residual + floor <= 0.5 * tol * abs(self.value) or self.residual <= floor
-        right_end = self.side == "magnitude" or self._shift != 0.0 or self._sign * self.value >= -floor
-        return settled and right_end
+        return settled and self.at_right_end
+
+    @property
+    def at_right_end(self) -> bool:
+        """Return whether the value is at the wanted end, as far as the shift can tell."""
+        floor = rounding_level(self.operator.dtype, self.scale)
+        return self.side == "magnitude" or self._shift != 0.0 or self._sign * self.value >= -floor
 
     @property
     def _sign(self) -> int:
