@@ -8,8 +8,10 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from sharpness.errors import ArgumentError
@@ -77,6 +79,28 @@ def check_memory(value: Any) -> int | None:
         f'`memory` must be "auto", a number of bytes, or a size such as "2GiB" or "500MB", got {value!r}. '
         "Pass memory=0 to keep nothing between products."
     )
+
+
+def check_writable(name: str, value: Any) -> str:
+    """Return the path of a file that can be written."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise ArgumentError(f"`{name}` must be the path of a file, got {value!r}.")
+    target = Path(value)
+    there = target if target.exists() else target.parent
+    if target.is_dir() or not target.parent.is_dir() or not os.access(there, os.W_OK):
+        raise ArgumentError(
+            f"`{name}`: {os.fspath(value)!r} cannot be written. Choose a file in a folder that exists and is yours."
+        )
+    return os.fspath(value)
+
+
+def size_text(count: float) -> str:
+    """Return a number of bytes in a unit that fits."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
 
 
 def nearest(word: str, options: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from scipy.stats import t as student_t
 from tabulate import tabulate
 from torch import nn
 
+from sharpness._checks import check_writable
 from sharpness.comparison import compare_batch_sizes, interpolate
 from sharpness.datasets import digits
 from sharpness.errors import ArgumentError
@@ -42,8 +43,9 @@ def run(
     Raises:
         ArgumentError: If a file cannot be written; found before anything is trained.
     """
-    for path in (json_path, plot_path):
-        check_writable(path)
+    for name, path in (("json_path", json_path), ("plot_path", plot_path)):
+        if path is not None:
+            check_writable(name, path)
     if plot_path is not None:
         check_picture(plot_path)
     train_set, test_set = digits()
@@ -164,25 +166,6 @@ def _draw(comparison: Comparison, line: InterpolationResult) -> Any:
     right.set(xlabel=f"alpha (0: batch {SMALL}, 1: batch {LARGE})", title="on the line between them")
     plt.close(figure)
     return figure
-
-
-def check_writable(path: str | os.PathLike[str] | None) -> None:
-    """Refuse a file that could not be written in the end.
-
-    Raises:
-        ArgumentError: If its folder is missing or may not be written to.
-    """
-    if path is None:
-        return
-    target = Path(path)
-    if (
-        target.is_dir()
-        or not target.parent.is_dir()
-        or not os.access(target if target.exists() else target.parent, os.W_OK)
-    ):
-        raise ArgumentError(
-            f"{os.fspath(path)!r} cannot be written. Choose a file in a folder that exists and is yours."
-        )
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:

@@ -13,6 +13,7 @@
       DeterminismWarning                    the loss is not the same on every pass
       StateWarning                          the model's state makes the answer unusual
       PrecisionWarning                      rounding limits the answer
+      MemoryWarning                         a run that will hardly fit into the memory
 
 Messages say what was given, what is needed and what to do, in this order.
 """
@@ -68,3 +69,7 @@ class StateWarning(SharpnessWarning):
 
 class PrecisionWarning(SharpnessWarning):
     """Rounding that limits the answer."""
+
+
+class MemoryWarning(SharpnessWarning):
+    """A run that will hardly fit into the memory, issued before it starts."""

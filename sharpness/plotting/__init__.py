@@ -5,6 +5,7 @@ from sharpness.plotting.figures import (
     plot_eigenvalues,
     plot_epsilon_sharpness,
     plot_interpolation,
+    plot_layerwise,
 )
 
-__all__ = ["plot_comparison", "plot_eigenvalues", "plot_epsilon_sharpness", "plot_interpolation"]
+__all__ = ["plot_comparison", "plot_eigenvalues", "plot_epsilon_sharpness", "plot_interpolation", "plot_layerwise"]

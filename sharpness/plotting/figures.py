@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sharpness.errors import ArgumentError, SharpnessError
-from sharpness.results import Comparison, EigenResult, EpsilonSharpnessResult, InterpolationResult
+from sharpness.results import Comparison, EigenResult, EpsilonSharpnessResult, InterpolationResult, LayerwiseResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,6 +44,17 @@ def plot_comparison(comparison: Comparison, *, ax: Axes | None = None, metric: s
         ax.plot([i] * len(spread.values), spread.values, "o", color=f"C{i}", markersize=5)
     ax.set(xticks=range(len(comparison.rows)), ylabel=metric.replace("_", " "))
     ax.set_xticklabels([row.name for row in comparison.rows])
+    return ax
+
+
+def plot_layerwise(result: LayerwiseResult, *, ax: Axes | None = None, **style: Any) -> Axes:
+    """Draw the metric of each layer as a bar, the worst layer first."""
+    ax = _axes(ax)
+    names = list(result)
+    ax.barh(range(len(names)), [result[name].headline for name in names], **style)
+    ax.set(yticks=range(len(names)), xlabel=str(result.settings.get("metric")).replace("_", " "))
+    ax.set_yticklabels(names)
+    ax.invert_yaxis()
     return ax
 
 

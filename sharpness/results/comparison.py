@@ -1,148 +1,20 @@
-"""The records that every function returns.
-
-Each has four groups of fields under the same names everywhere: the value; the doubt (``residuals``,
-``interval``, ``stderr``, ``converged``); the price (``num_matvecs`` or ``num_evaluations``,
-``num_passes``, ``seconds``); the provenance (``settings``: what was resolved from the call).
-"""
+"""Models side by side, and on the way from one to another."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
-import torch
 from tabulate import tabulate
 from torch import Tensor
 
 from sharpness._record import Record
-from sharpness.errors import ArgumentError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_SHOWN = 6  # eigenvalues in a repr
-
-__all__ = [
-    "Comparison",
-    "ComparisonRow",
-    "EigenResult",
-    "EpsilonSharpnessResult",
-    "InterpolationResult",
-    "Record",
-    "Spread",
-]
-
-
-@final
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class EigenResult(Record):
-    """Eigenvalues of a symmetric operator and how far to trust them.
-
-    Attributes:
-        eigenvalues: ``(k,)`` in the order that ``which`` asks for, float64 on the CPU.
-        residuals: ``(k,)`` upper bounds of ``|A v - lambda v|`` for the unit vectors found and the operator as it is
-            computed, with an allowance for rounding of a few ``eps |A|``.
-        interval: ``(k, 2)`` low and high; each row contains an eigenvalue of the operator *for certain*
-            (every symmetric matrix has an eigenvalue within the residual of any pair). To each side it reaches as
-            far as the residual or, for a float32 model, the rounding measured against float64 if that is more.
-        kato_temple: ``(k, 2)`` tighter rows that hold if the eigenvalues found are all there are nearby:
-            the residual squared over the gap to the neighbours found. NaN where the gap does not allow it.
-        converged: Whether every residual is at most ``tol * abs(eigenvalue)``, or at the level of rounding.
-        num_matvecs: Products spent with the operator.
-        num_passes: Passes over the data, the products included; 0 for an operator without data.
-        seconds: Wall time.
-        eigenvectors: ``(k, n)`` unit rows in the order of ``named_parameters``, or ``None``.
-        layout: Name and shape of each parameter in a row of ``eigenvectors``.
-        settings: What the call resolved to.
-    """
-
-    eigenvalues: Tensor
-    residuals: Tensor
-    interval: Tensor
-    kato_temple: Tensor
-    converged: bool
-    num_matvecs: int
-    num_passes: int
-    seconds: float
-    eigenvectors: Tensor | None = None
-    layout: tuple[tuple[str, tuple[int, ...]], ...] | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    bulky: ClassVar[frozenset[str]] = frozenset({"eigenvectors", "layout"})
-
-    def __repr__(self) -> str:
-        half = ((self.interval[:, 1] - self.interval[:, 0]) / 2).tolist()
-        found = list(zip(self.eigenvalues.tolist(), half, strict=True))
-        pairs = ", ".join(f"{value:.4g} ± {width:.1g}" for value, width in found[:_SHOWN])
-        if len(found) > _SHOWN:
-            pairs += f", ... {len(found)} in all"
-        state = "converged" if self.converged else "NOT converged"
-        return f"EigenResult([{pairs}], {state} in {self.num_matvecs} matvecs)"
-
-    def named_vector(self, i: int) -> dict[str, Tensor]:
-        """Return eigenvector ``i`` as a dict from parameter names to tensors of the parameters' shapes.
-
-        Raises:
-            ArgumentError: If the eigenvectors were not kept, or belong to an operator without named parameters.
-        """
-        if self.eigenvectors is None or self.layout is None:
-            raise ArgumentError(
-                "this result holds no named eigenvectors. Call top_eigenvalues(..., vectors=True) to keep them."
-            )
-        sizes = [math.prod(shape) for _, shape in self.layout]
-        pieces = torch.split(self.eigenvectors[i], sizes)
-        return {name: piece.view(shape) for (name, shape), piece in zip(self.layout, pieces, strict=True)}
-
-    def plot(self, ax: Axes | None = None, **style: Any) -> Axes:
-        """Draw the eigenvalues with their intervals on ``ax`` (a new one if ``None``) and return the axes."""
-        from sharpness.plotting import plot_eigenvalues
-
-        return plot_eigenvalues(self, ax=ax, **style)
-
-
-@final
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class EpsilonSharpnessResult(Record):
-    """Keskar's epsilon-sharpness, a lower bound of the maximum that its definition asks for.
-
-    Attributes:
-        value: ``100 (max_loss - loss) / (1 + loss)``, in percent.
-        loss: Loss of the model as it is.
-        max_loss: Largest loss evaluated in the box.
-        stderr: Standard error over subspace draws; ``None`` in the full space, where nothing is drawn.
-        starts: One dict per start: ``max_loss`` and ``value`` reached from it, ``iterations``, ``climbs``,
-            ``evaluations``, and the solver's last ``message``.
-        num_evaluations: Evaluations of loss and gradient, each one pass over the data.
-        num_passes: Passes over the data.
-        seconds: Wall time.
-        settings: What the call resolved to.
-    """
-
-    value: float
-    loss: float
-    max_loss: float
-    stderr: float | None = None
-    starts: tuple[dict[str, Any], ...]
-    num_evaluations: int
-    num_passes: int
-    seconds: float
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        found = ", ".join(f"{start['value']:.4g}" for start in self.starts)
-        return (
-            f"EpsilonSharpnessResult({self.value:.4g} % at epsilon={self.settings.get('epsilon'):g}, "
-            f"a lower bound; starts reached {found}; {self.num_evaluations} evaluations)"
-        )
-
-    def plot(self, ax: Axes | None = None, **style: Any) -> Axes:
-        """Draw what each start reached on ``ax`` (a new one if ``None``) and return the axes."""
-        from sharpness.plotting import plot_epsilon_sharpness
-
-        return plot_epsilon_sharpness(self, ax=ax, **style)
 
 
 @final
@@ -317,8 +189,3 @@ class InterpolationResult(Record):
         from sharpness.plotting import plot_interpolation
 
         return plot_interpolation(self, ax=ax, **style)
-
-
-def as_float64(values: Any) -> Tensor:
-    """Return ``values`` as a float64 tensor on the CPU, the form of all small results."""
-    return torch.as_tensor(values, dtype=torch.float64, device="cpu")

@@ -1,0 +1,24 @@
+"""The records that every function returns.
+
+Each has four groups of fields under the same names everywhere: the value; the doubt (``residuals``,
+``interval``, ``stderr``, ``converged``); the price (``num_matvecs`` or ``num_evaluations``,
+``num_passes``, ``seconds``); the provenance (``settings``: what was resolved from the call).
+"""
+
+from sharpness._record import Record
+from sharpness.results.comparison import Comparison, ComparisonRow, InterpolationResult, Spread
+from sharpness.results.eigen import EigenResult, SampleInterval
+from sharpness.results.epsilon import EpsilonSharpnessResult
+from sharpness.results.layerwise import LayerwiseResult
+
+__all__ = [
+    "Comparison",
+    "ComparisonRow",
+    "EigenResult",
+    "EpsilonSharpnessResult",
+    "InterpolationResult",
+    "LayerwiseResult",
+    "Record",
+    "SampleInterval",
+    "Spread",
+]
