@@ -11,6 +11,8 @@ from torch import Tensor
 from sharpness.errors import NonFiniteError
 from sharpness.objective.parameters import Parameters
 
+_CHUNK = 2**16
+
 
 @final
 class BatchSum:
@@ -29,9 +31,10 @@ class BatchSum:
         size = self._sum.new_zeros(())
         for piece, tensor in zip(self._pieces, tensors, strict=True):
             if tensor is not None:
-                dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
-                piece += dense
-                size = size + dense.sum()
+                dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+                for part, addend in zip(_chunks(piece), _chunks(dense.to(piece.device)), strict=True):
+                    part += addend  # chunk by chunk: the addend is converted to the wider dtype on the way
+                size = size + dense.sum().to(piece.device)
         self._sizes.append((i, size))
 
     def divided_by(self, weight: float) -> Tensor:
@@ -44,3 +47,7 @@ class BatchSum:
                 "Look for square roots and logarithms at zero in the model and the loss, and for overflow."
             )
         return self._sum.div_(weight).to(self._dtype)
+
+
+def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tensor.reshape(-1), _CHUNK)

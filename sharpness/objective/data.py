@@ -9,11 +9,37 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset
 
 from sharpness.errors import DataError
 from sharpness.objective.guard import reseed
-from sharpness.objective.memory import Budget
+from sharpness.objective.memory import Budget, storages
+
+_SAMPLES = 4
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """The first few samples of a batch.
+
+    Attributes:
+        batch: The samples.
+        count: How many the whole batch has.
+        bytes: How much memory its tensors take.
+    """
+
+    batch: Any
+    count: int
+    bytes: int
+
+    @classmethod
+    def of(cls, batch: Any) -> Sample | None:
+        """Take the first samples of a batch, if it has any."""
+        count, size = num_samples(batch), sum(storages(tensors_in(batch)).values())
+        few = map_tensors(torch.clone, samples(batch, 0, _SAMPLES))  # a view would hold the whole batch
+        return cls(few, count, size) if count else None
 
 
 @final
@@ -26,21 +52,42 @@ class Batches:
     Args:
         loader: Any iterable that can be walked again and again.
         device: Where the batches go.
-        max_batches: Use only the first so many.
+        skip: Leave out so many at the beginning.
+        max_batches: Use only the first so many of the rest.
         seed: Seed of the random states that walks start from.
+        uniform: Refuse batches of another structure than the first one's.
+        piece: Cut batches into pieces of at most so many samples, each a batch of its own.
     """
 
     def __init__(
-        self, loader: Iterable[Any], *, device: torch.device, max_batches: int | None = None, seed: int = 0
+        self,
+        loader: Iterable[Any],
+        *,
+        device: torch.device,
+        skip: int = 0,
+        max_batches: int | None = None,
+        seed: int = 0,
+        uniform: bool = True,
+        piece: int | None = None,
     ) -> None:
         check_loader(loader)
         self.loader = loader
         self.count: int | None = None  # how many there are, once walked to the end
-        self._device = device
+        self.loaded: int | None = None  # how many the loader yielded for them
+        self.device = device
+        self._skip = skip
         self._max_batches = max_batches
         self._seed = seed
+        self.sample: Sample | None = None  # of the first batch, once settled
         self._kept: list[Any] | None = None
         self._settled = False
+        self._uniform = uniform
+        self.piece = piece
+        self._structure: str | None = None  # of the first batch
+
+    @property
+    def _stop(self) -> int | None:
+        return None if self._max_batches is None else self._skip + self._max_batches
 
     @property
     def kept(self) -> bool:
@@ -52,16 +99,18 @@ class Batches:
         if self._settled:
             return
         loaded: list[Any] | None = []
-        for _, batch in self.walk():
+        for i, batch in self.walk():
+            if i == 0:
+                self.sample = Sample.of(batch)
             if loaded is None or not budget.take(tensors_in(batch)):
                 loaded = None
                 break
             loaded.append(batch)
         self._kept, self._settled = loaded, True
 
-    def walk(self, *, draw: int = 0) -> Iterator[tuple[int, Any]]:
-        """Walk the data once."""
-        if draw == 0 and self._kept is not None:
+    def walk(self, *, draw: int = 0, cut: bool = True) -> Iterator[tuple[int, Any]]:
+        """Walk the data once; without ``cut`` the batches are whole."""
+        if draw == 0 and cut and self._kept is not None:
             for i, batch in enumerate(self._kept):
                 yield i, map_tensors(lambda tensor: tensor, batch)  # a new container: the user's loss may pop from it
             return
@@ -70,11 +119,14 @@ class Batches:
         if draw:
             for generator, _ in own:
                 generator.manual_seed(self._seed + draw)
-        count = 0
+        count = loaded = 0
         try:
-            for batch in islice(iter(self.loader), self._max_batches):
-                yield count, map_tensors(self._move, batch)
-                count += 1
+            for batch in islice(iter(self.loader), self._skip, self._stop):
+                self._check_structure(loaded, batch)
+                loaded += 1
+                for piece in pieces(map_tensors(self._move, batch), self.piece if cut else None):
+                    yield count, piece
+                    count += 1
         finally:
             for generator, state in own:
                 generator.set_state(state)
@@ -87,7 +139,7 @@ class Batches:
             raise DataError(
                 "the loader yields no batch; at least one is needed. Check the data set, drop_last and the batch size."
             )
-        self.count = count
+        self.count, self.loaded = count, loaded
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors of the batches that are kept."""
@@ -100,12 +152,24 @@ class Batches:
         found = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners)}
         return [generator for generator in found.values() if isinstance(generator, torch.Generator)]
 
+    def _check_structure(self, i: int, batch: Any) -> None:
+        if not self._uniform:
+            return
+        found = structure(batch)
+        self._structure = self._structure or found
+        if found != self._structure:
+            raise DataError(
+                f"the batches disagree in structure: batch 0 is {self._structure}, batch {i} is {found} (counted from "
+                "0). Yield the same container with the same entries each time, or pass batch_loss=callable(model, "
+                "batch) -> (loss, weight) that handles each kind."
+            )
+
     def _move(self, tensor: Tensor) -> Tensor:
         if tensor.dtype in (torch.float16, torch.bfloat16):
             tensor = tensor.float()  # half-precision models are measured in single precision
         if tensor.is_inference():
             tensor = tensor.clone()  # autograd cannot save tensors made under inference_mode
-        return tensor.to(self._device, non_blocking=True)
+        return tensor.to(self.device, non_blocking=True)
 
 
 def check_loader(loader: Any) -> None:
@@ -140,6 +204,9 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     """Return ``batch`` with ``function`` applied to every tensor, whatever the nesting; the rest as it is."""
     if isinstance(batch, Tensor):
         return function(batch)
+    if isinstance(batch, PackedSequence):  # its batch sizes live on the CPU and are no data
+        order = [None if index is None else function(index) for index in (batch.sorted_indices, batch.unsorted_indices)]
+        return PackedSequence(function(batch.data), batch.batch_sizes, *order)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a namedtuple
         return type(batch)(*(map_tensors(function, item) for item in batch))
     if isinstance(batch, (list, tuple)):
@@ -174,10 +241,51 @@ def tensors_in(batch: Any) -> list[Tensor]:
     return found
 
 
-def first_samples(batch: Any, count: int) -> Any:
-    """Return the first samples of a batch: every tensor as long as the first one, cut to ``count`` rows."""
-    lengths = [tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim]
-    return map_tensors(lambda t: t[:count] if t.ndim and t.shape[0] == lengths[0] else t, batch)
+def samples(batch: Any, start: int, stop: int) -> Any:
+    """Return some of the samples of a batch: rows of the tensors as long as the first one, the others whole."""
+    total = num_samples(batch)
+
+    def cut(tensor: Tensor) -> Tensor:
+        whole = tensor.layout != torch.strided or not tensor.ndim or tensor.shape[0] != total
+        return tensor if whole else tensor[start:stop]
+
+    return map_tensors(cut, batch)
+
+
+def pieces(batch: Any, size: int | None) -> Iterator[Any]:
+    """Yield a batch in pieces of at most ``size`` samples."""
+    total = num_samples(batch)
+    if size is None or total is None or total <= size:
+        yield batch
+        return
+    for start in range(0, total, size):
+        yield samples(batch, start, start + size)
+
+
+def num_samples(batch: Any) -> int | None:
+    """Return the number of samples of a batch, the length of its first tensor that has one."""
+    return next((tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim), None)
+
+
+def structure(batch: Any) -> str:
+    """Say what a batch is made of at the top level, whatever its shapes and the order of its keys."""
+    if isinstance(batch, (Tensor, PackedSequence)):
+        return _kind(batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type) and not isinstance(batch, Mapping):
+        batch = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_kind(batch[key])}" for key in sorted(batch, key=str)) + "}"
+    if isinstance(batch, (list, tuple)):
+        return f"{type(batch).__name__}({', '.join(map(_kind, batch))})"
+    return _kind(batch)
+
+
+def _kind(item: Any) -> str:
+    if isinstance(item, Tensor):
+        real = "floating" if item.is_floating_point() else "complex" if item.is_complex() else "integer"
+        return f"{'bool' if item.dtype == torch.bool else real} tensor"
+    known = ((PackedSequence, "packed sequence"), (Mapping, "mapping"), ((list, tuple), "sequence"))
+    return next((name for kind, name in known if isinstance(item, kind)), "other")
 
 
 def describe(batch: Any) -> str:

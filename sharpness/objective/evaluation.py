@@ -1,9 +1,18 @@
-"""What a forward pass over the whole data tells."""
+"""What a pass over the whole data tells: loss and accuracy, or loss and gradient."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
+
+import torch
+from torch import Tensor
+
+from sharpness.objective.batch_sum import BatchSum
+from sharpness.objective.diagnosis import explained
+from sharpness.objective.parameters import Parameters
+from sharpness.objective.passes import Passes, require_dependence
 
 
 @final
@@ -18,3 +27,34 @@ class Evaluation:
 
     loss: float
     accuracy: float | None
+
+
+def evaluate(
+    passes: Passes, leaves: Sequence[Tensor], *, draw: int = 0, tensors: Mapping[str, Tensor] | None = None
+) -> Evaluation:
+    """Return loss and accuracy at the leaves. Not under ``no_grad``: a forward pass may take derivatives of its own."""
+    total = weight = correct = counted = 0.0
+    classes = True
+    for _, terms in passes.terms(leaves, draw=draw, tensors=tensors):
+        total, weight = total + terms.total.item(), weight + terms.weight
+        if terms.correct is None or terms.counted is None:
+            classes = False
+        else:
+            correct, counted = correct + terms.correct, counted + terms.counted
+        del terms  # before the next batch is evaluated
+    return Evaluation(loss=total / weight, accuracy=correct / counted if classes and counted else None)
+
+
+def value_and_gradient(passes: Passes, leaves: Sequence[Tensor], parameters: Parameters) -> tuple[float, Tensor]:
+    """Return the loss at the leaves, and its gradient by them as one vector, ``(n,)``."""
+    total, weight, gradient = 0.0, 0.0, BatchSum(parameters, "gradient")
+    used: set[int] = set()
+    for i, terms in passes.terms(leaves):
+        total, weight = total + terms.total.item(), weight + terms.weight
+        with explained(terms.source):
+            gradients = torch.autograd.grad(terms.total, leaves, allow_unused=True)
+        used |= {j for j, g in enumerate(gradients) if g is not None}
+        gradient.add(i, gradients)
+        del terms, gradients  # before the next batch is evaluated
+    require_dependence(used)
+    return total / weight, gradient.divided_by(weight)

@@ -6,6 +6,8 @@ buffers. Derivatives are taken with the same copies in place, since checkpointed
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, final
 
@@ -13,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sharpness.errors import ArgumentError, ModelError
 from sharpness.objective.data import map_tensors
-from sharpness.objective.first_order import FirstOrder
-from sharpness.objective.guard import default_dtype, twice_differentiable
+from sharpness.objective.diagnosis import Source, explained
+from sharpness.objective.kernels import autocast, twice_differentiable
 from sharpness.objective.losses import Criterion, Terms
 from sharpness.objective.parameters import Parameters
 
@@ -24,62 +27,90 @@ T = TypeVar("T")
 
 @final
 class Functional:
-    """The loss of one batch, with other tensors in the places of the model's parameters and buffers."""
+    """The loss of one batch, with other tensors in the places of the model's parameters and buffers.
 
-    def __init__(self, model: nn.Module, criterion: Criterion, parameters: Parameters) -> None:
+    Args:
+        model: The module, without wrappers.
+        criterion: The loss.
+        parameters: Which parameters are measured.
+        precision: One of ``PRECISIONS``: what forward passes are computed in.
+    """
+
+    def __init__(
+        self, model: nn.Module, criterion: Criterion, parameters: Parameters, precision: str = "exact"
+    ) -> None:
         self._model = model
         self._criterion = criterion
-        self._parameters = parameters
+        self.parameters = parameters
+        self._precision = precision
         self._frame = _Frame(model)
+        self._kinds = self._kinds_now()
 
     def leaves(self, at: Tensor | None = None, *, differentiable: bool = True) -> list[Tensor]:
         """Return new tensors for the chosen parameters, at ``at``, ``(n,)``, or at the parameters as they are."""
         named = dict(self._model.named_parameters())
-        own = [_copy(named[name]) for name in self._parameters.names]
+        own = [_copy(named[name]) for name in self.parameters.names]
         if at is not None:
-            self._parameters.check(at)
-            pieces = self._parameters.split(at.detach().to(self._parameters.device))
-            own = [piece.to(p.dtype, copy=True) for piece, p in zip(pieces, own, strict=True)]
+            self.parameters.check(at)
+            pieces = self.parameters.split(at.detach())
+            own = [piece.to(p, copy=True) for piece, p in zip(pieces, own, strict=True)]
         return [tensor.requires_grad_(differentiable) for tensor in own]
 
     def places(self, leaves: Sequence[Tensor], others: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return what goes in which place: ``leaves``, ``others`` by name, and copies of all the rest."""
-        chosen = dict(zip(self._parameters.names, leaves, strict=True)) | dict(others or {})
+        given = {name: _copy(tensor) for name, tensor in (others or {}).items()}
+        chosen = dict(zip(self.parameters.names, leaves, strict=True)) | given
         own = [*self._model.named_parameters(), *self._model.named_buffers()]
         return {f"model.{name}": chosen[name] if name in chosen else _copy(tensor) for name, tensor in own}
 
     def terms(self, batch: Any, places: dict[str, Tensor]) -> Terms:
         """Return the loss terms of a batch."""
-        with twice_differentiable():
-            return self.inside(places, lambda: self._criterion(self._model, batch))
+
+        def forward(tensors: dict[str, Tensor]) -> Terms:
+            own = map_tensors(lambda tensor: tensor, batch)  # a new container: the user's loss may pop from it
+            with autocast(self.parameters.device, self._precision):
+                return self.inside(tensors, lambda: self._criterion(self._model, own))
+
+        leaves = [places[f"model.{name}"] for name in self.parameters.names]
+        source = Source(self._model, leaves, lambda: forward(self.places(leaves)).total)
+        with explained(source), warnings.catch_warnings():
+            if any(leaf.requires_grad for leaf in leaves):  # else nothing is differentiated, and nothing can be lost
+                warnings.filterwarnings("error", message="None of the inputs have requires_grad=True")
+            try:
+                return dataclasses.replace(forward(places), source=source)
+            except UserWarning as warning:
+                if "requires_grad=True" not in str(warning):
+                    raise
+                raise ModelError(
+                    "the model uses torch.utils.checkpoint with use_reentrant=True on inputs that need no gradient, "
+                    "and the parameters inside would be taken for constants. Pass use_reentrant=False."
+                ) from warning
 
     def inside(self, places: dict[str, Tensor], body: Callable[[], T]) -> T:
-        """Return ``body()``, run with the tensors in their places."""
-        answer: T = functional_call(self._frame, places, (body,))
+        """Return ``body()``, run with the tensors in their places and kernels that can be differentiated twice."""
+        with twice_differentiable(self._model):
+            answer: T = functional_call(self._frame, places, (body,))
         return answer
 
-    def product(self, batch: Any, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:  # (n,) -> (n,)
-        """Return the Hessian of a batch's total loss times ``v``, computed in ``dtype``, and the batch's weight."""
+    def check_unmoved(self) -> None:
+        """Refuse a model that is no longer where, or what, it was at construction.
 
-        def cast(tensor: Tensor) -> Tensor:
-            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+        Raises:
+            ArgumentError: If a parameter was moved to another device or dtype.
+        """
+        if self._kinds_now() != self._kinds:
+            raise ArgumentError(
+                "the model was moved to another device or dtype after this Objective was made. Make a new Objective."
+            )
 
-        leaves = [cast(leaf.detach()).requires_grad_(True) for leaf in self.leaves()]
-        places = {name: cast(tensor) for name, tensor in self.places(leaves).items()}
-
-        def body() -> tuple[Tensor, float]:
-            terms = self.terms(map_tensors(cast, batch), places)
-            pieces = FirstOrder.of(terms, leaves).product(leaves, self._parameters.split(v.detach()), keep=False)
-            whole = [leaf.detach() * 0 if g is None else g.detach() for g, leaf in zip(pieces, leaves, strict=True)]
-            return torch.cat([piece.reshape(-1).double() for piece in whole]), terms.weight
-
-        with default_dtype(dtype):
-            return self.inside(places, body)
+    def _kinds_now(self) -> list[tuple[torch.device, torch.dtype]]:
+        named = dict(self._model.named_parameters())
+        return [(named[name].device, named[name].dtype) for name in self.parameters.names]
 
     def state(self) -> list[Tensor]:
-        """Return everything of the model that the loss depends on."""
+        """Return everything of the model and the criterion that the loss depends on, as far as it is known."""
         flags = torch.tensor([module.training for module in self._model.modules()])
-        return [*self._model.parameters(), *self._model.buffers(), flags]
+        return [*self._model.parameters(), *self._model.buffers(), *self._criterion.tensors(), flags]
 
 
 @final
@@ -92,18 +123,6 @@ class _Frame(nn.Module):
 
     def forward(self, body: Callable[[], Any]) -> Any:
         return body()
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner: Any = model.module
-        else:
-            inner = getattr(model, "_orig_mod", None)
-        if inner is None:
-            return model
-        model = inner
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The model is left as it was found, whatever happens.
 
 Weights and buffers need no guarding: the model is evaluated through `torch.func.functional_call` with tensors of our
-own, so the user's are never written to. What remains are the train/eval flags and the random number generators.
+own, so the user's are never written to. What remains are the train/eval flags, a few attributes of modules that stand
+in the way of second derivatives, the flags of PyTorch, and the random number generators.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sharpness.objective.kernels import autocast, matmul_precision
+from sharpness.objective.wrappers import substitutes
 
 MODES = ("eval", "train", "as_is")
+_ABSENT = object()
 
 
 @contextmanager
-def guarded(model: nn.Module, mode: str, device: torch.device, generators: list[torch.Generator]) -> Iterator[None]:
-    """Put the model into ``mode``; on leaving restore every submodule's flag and every random state."""
+def guarded(
+    model: nn.Module, mode: str, device: torch.device, generators: list[torch.Generator], precision: str = "exact"
+) -> Iterator[None]:
+    """Put the model into ``mode``; on leaving restore every submodule's attributes and every random state."""
     flags = [(module, module.training) for module in model.modules()]
     # Some modules keep tensors outside of their parameters: recurrent ones a list, weight_norm an attribute.
     plain = [
@@ -33,7 +39,12 @@ def guarded(model: nn.Module, mode: str, device: torch.device, generators: list[
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(device.type, enabled=False))
+            stack.enter_context(matmul_precision(precision))
+            for kind in {device.type, "cpu"}:
+                stack.enter_context(autocast(torch.device(kind), "exact"))
+            for module, name, value in list(substitutes(model)):
+                stack.callback(_put_back, module, name, vars(module).get(name, _ABSENT))
+                vars(module)[name] = value
             if mode != "as_is":
                 model.train(mode == "train")
             yield
@@ -69,15 +80,12 @@ def own_randomness(seed: int, *stream: int) -> Iterator[None]:
         _restore_random_state(state)
 
 
-@contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Run a forward pass with kernels that have a second derivative.
-
-    The fused attention kernels have none; attention by matrix products has. The choice is made around the forward
-    pass only: the backward passes follow what was recorded.
-    """
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+def _put_back(module: nn.Module, name: str, value: Any) -> None:
+    """Restore an attribute, or remove one that was not there."""
+    if value is _ABSENT:
+        del vars(module)[name]
+    else:
+        vars(module)[name] = value
 
 
 def _held(value: Any) -> bool:
@@ -85,6 +93,11 @@ def _held(value: Any) -> bool:
     return isinstance(value, torch.Tensor) or (
         isinstance(value, list) and bool(value) and all(isinstance(item, torch.Tensor) for item in value)
     )
+
+
+def derived_seed(seed: int, *stream: int) -> int:
+    """Return the seed of one of many independent streams."""
+    return int(np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def reseed(seed: int, *stream: int) -> None:

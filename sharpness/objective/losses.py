@@ -19,16 +19,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sharpness.errors import ArgumentError, DataError, ModelError
-from sharpness.objective.data import describe, map_tensors, tensors_in
+from sharpness.objective.data import describe, map_tensors
+from sharpness.objective.diagnosis import Source
+from sharpness.objective.reduction import (
+    LossFn,
+    count_terms,
+    criterion_of,
+    cross_entropy,
+    declares_reduction,
+    find_reduction,
+    name_of,
+    options_of,
+    require_additive,
+    scalar,
+)
 
-LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 BatchLoss: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor, float]]
 
-# At an exact fit a loss is zero and says nothing about its reduction: then it is looked at beside the outputs.
-_PROBES = ((1.0, 0.0), (0.5, 0.25))
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
-_CLASS_CRITERIA = (nn.CrossEntropyLoss, nn.NLLLoss)
-_CLASS_FUNCTIONS = (functional.cross_entropy, functional.nll_loss)
 
 
 @final
@@ -40,6 +48,16 @@ class Terms:
     weight: float  # their number
     correct: float | None = None  # how many of the samples, or tokens, are classified correctly
     counted: float | None = None  # of how many
+    outputs: Any = None  # what the loss was computed from; None where that is not known
+    targets: Any = None
+    loss_fn: LossFn | None = None  # None for a model's own loss
+    resum: Callable[[Any, Any], Tensor] | None = None  # (outputs, targets) -> the sum of the loss terms
+    source: Source | None = None
+
+    @property
+    def loss_name(self) -> str:
+        """Return what the user knows the loss by."""
+        return "the model's own loss" if self.loss_fn is None else name_of(self.loss_fn)
 
 
 @final
@@ -67,8 +85,19 @@ class Criterion:
         self._loss_fn = loss_fn
         self._batch_loss = batch_loss
         self._reduction: str | None = None
+        self._inferred: str | None = None
         self.name = "not resolved yet"
         self.function: LossFn | None = loss_fn  # (outputs, targets) -> loss, where the loss has this form
+
+    @property
+    def hides_outputs(self) -> bool:
+        """Return whether only the user's ``batch_loss`` knows what the model's outputs are."""
+        return self._batch_loss is not None
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that the user's criterion holds, such as class weights."""
+        _, options = criterion_of(self._loss_fn)
+        return [value for value in options.values() if isinstance(value, Tensor)]
 
     def __call__(self, model: nn.Module, batch: Any) -> Terms:
         """Return the contribution of ``batch``."""
@@ -81,27 +110,64 @@ class Criterion:
         if self._loss_fn is None:
             own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
             if isinstance(own, Tensor):
-                self.name = "the model's own loss"
+                self._settle({"the model's own loss": None}, outputs, targets)
                 weight = _labels(targets, outputs)
-                return Terms(_scalar(own) * weight, weight)
-        predictions = _logits(outputs)
+                return Terms(scalar(own) * weight, weight, outputs=_logits(outputs), targets=targets)
+        # A criterion for one tensor of targets wants one tensor of outputs; a user's for several gets them all.
+        predictions = _apart(_logits(outputs) if self._loss_fn is None or isinstance(targets, Tensor) else outputs)
         if targets is None:
             raise DataError(
                 f"the batch holds no targets: {describe(batch)}. Yield (inputs, targets), or a dict with one of "
                 f"{', '.join(_TARGET_KEYS)}, or pass batch_loss=callable(model, batch) -> (loss, weight)."
             )
+        predictions = self._for_criterion(predictions, targets)
+        if isinstance(predictions, Tensor):
+            targets = map_tensors(lambda t: t.to(predictions.device), targets)
         loss_fn, predictions = (self._loss_fn, predictions) if self._loss_fn else self._infer(predictions, targets)
-        loss = _scalar(_in_float64(loss_fn)(predictions, targets))
-        weight = count_terms(loss_fn, predictions, targets)
+        loss, weight = _measured(loss_fn, predictions, targets)
         if self._reduction is None:
             self._reduction = find_reduction(loss_fn, predictions, targets)
+        if self._reduction == "mean" and self._loss_fn is not None and not declares_reduction(loss_fn):
+            require_additive(loss_fn, predictions, targets)  # in each batch: ignored targets may be in any
         if self._loss_fn is not None:
-            self.name = f"{_name(loss_fn)} ({self._reduction})"
-        total = loss if self._reduction == "sum" else loss * weight
-        return Terms(total, weight, *_accuracy(predictions, targets))
+            self.name = f"{name_of(loss_fn)} ({self._reduction})"
+        summed = self._reduction == "sum"
+
+        def resum(outputs: Any, targets: Any) -> Tensor:
+            loss, weight = _measured(loss_fn, outputs, targets)
+            return loss if summed else loss * weight
+
+        return Terms(
+            loss if summed else loss * weight,
+            weight,
+            *_accuracy(predictions, targets),
+            outputs=predictions,
+            targets=targets,
+            loss_fn=loss_fn,
+            resum=resum,
+        )
+
+    def _for_criterion(self, predictions: Any, targets: Any) -> Any:
+        """Return the outputs as PyTorch's criteria want them.
+
+        Raises:
+            ModelError: If the outputs are no tensor, which no criterion of PyTorch takes.
+        """
+        function, _ = options_of(self._loss_fn)
+        if self._loss_fn is None or not (isinstance(function, nn.modules.loss._Loss) or function is cross_entropy):
+            return predictions
+        if not isinstance(predictions, Tensor):
+            raise ModelError(
+                f"the model returns {describe(predictions)}, and {name_of(self._loss_fn)} takes one tensor. Pass "
+                "loss_fn=lambda outputs, targets: criterion(outputs[0], targets), with the entry that you want."
+            )
+        last = isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss)) and isinstance(targets, Tensor)
+        if last and predictions.ndim == 3 and predictions.shape[:2] == targets.shape != predictions.shape[::2]:
+            return predictions.movedim(-1, 1)  # (batch, time, classes), as language models return them
+        return predictions
 
     def _by_user(self, model: nn.Module, batch: Any) -> Terms:
-        self.name = f"batch_loss {_name(self._batch_loss)}"
+        self.name = f"batch_loss {name_of(self._batch_loss)}"
         answer = self._batch_loss(model, batch) if self._batch_loss else None
         if not isinstance(answer, tuple) or len(answer) != 2:
             raise ModelError(
@@ -112,38 +178,54 @@ class Criterion:
         weight = float(weight)
         if not weight >= 0 or weight == float("inf"):
             raise ModelError(f"`batch_loss` returned the weight {weight}; it must be a finite number of at least 0.")
-        return Terms(_scalar(loss) * weight, weight)
+        return Terms(scalar(loss) * weight, weight)
 
     def _infer(self, predictions: Any, targets: Any) -> tuple[LossFn, Any]:
         """Choose the loss by the targets: cross-entropy for classes, mean-squared error for numbers."""
+        fits: dict[str, LossFn | None] = {}
+        if isinstance(predictions, (tuple, list)) and len(predictions) == 1:
+            predictions = predictions[0]
         if isinstance(predictions, Tensor) and isinstance(targets, Tensor) and predictions.is_floating_point():
-            classes = targets.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-            if (
-                classes
-                and targets.ndim
-                and predictions.ndim == targets.ndim + 1
-                and predictions.shape[0] == targets.shape[0]
-            ):
-                if predictions.ndim == 3 and predictions.shape[1] == predictions.shape[2] == targets.shape[1]:
-                    raise DataError(
-                        f"outputs {describe(predictions)} fit targets {describe(targets)} with the classes in either "
-                        "of the last two dimensions, so the loss cannot be inferred. Pass loss_fn."
-                    )
-                if predictions.shape[1:2] + targets.shape[1:] == predictions.shape[1:] and predictions.shape[1] > 1:
-                    self.name, self.function = "cross-entropy (inferred)", _cross_entropy
-                    return _cross_entropy, predictions
-                if predictions.shape[:-1] == targets.shape and predictions.shape[-1] > 1:  # (batch, time, classes)
-                    self.name = "cross-entropy over the last dimension (inferred)"
-                    self.function = _cross_entropy_last
-                    return _cross_entropy, predictions.movedim(-1, 1)
-            if targets.is_floating_point() and predictions.shape == targets.shape:
-                self.name, self.function = "mean-squared error (inferred)", functional.mse_loss
-                return functional.mse_loss, predictions
-        raise DataError(
-            f"no loss can be inferred for outputs {describe(predictions)} and targets {describe(targets)}: integer "
-            "targets want one output per class (cross-entropy), float targets want outputs of their own shape "
-            "(mean-squared error). Pass loss_fn, or batch_loss=callable(model, batch) -> (loss, weight)."
-        )
+            shape, classes = predictions.shape, not (targets.is_floating_point() or targets.is_complex())
+            if classes and targets.dtype != torch.bool and targets.ndim and len(shape) == targets.ndim + 1:
+                if shape[:1] + shape[2:] == targets.shape and shape[1] > 1:
+                    fits["cross-entropy (inferred)"] = cross_entropy
+                if targets.ndim > 1 and shape[:-1] == targets.shape and shape[-1] > 1:  # (batch, time, classes)
+                    fits["cross-entropy over the last dimension (inferred)"] = _cross_entropy_last
+            if targets.is_floating_point() and shape == targets.shape:
+                fits["mean-squared error (inferred)"] = functional.mse_loss
+        self._settle(fits, predictions, targets)
+        self.function = fits[self.name]
+        if self.function is _cross_entropy_last:
+            return cross_entropy, predictions.movedim(-1, 1)
+        return self.function or cross_entropy, predictions
+
+    def _settle(self, fits: Mapping[str, Any], predictions: Any, targets: Any) -> None:
+        """Take the one loss that fits the first batch; the others must be like it.
+
+        Raises:
+            DataError: If none or several fit, or another than before.
+        """
+        got = f"outputs {describe(predictions)} and targets {describe(targets)}"
+        if self._inferred is not None and self._inferred not in fits:
+            raise DataError(
+                f"the loss of the first batch is {self._inferred}, which does not fit {got} of a later one; all "
+                "batches must have one loss. Pass loss_fn, or batch_loss=callable(model, batch) -> (loss, weight)."
+            )
+        if self._inferred is None and len(fits) > 1:
+            raise DataError(f"{got} fit with the classes in either of the last two dimensions. Pass loss_fn.")
+        if not fits and isinstance(predictions, (tuple, list, Mapping)):
+            raise DataError(
+                f"no loss can be inferred for {got}: which part of the outputs is the prediction cannot be told. Name "
+                "it `logits`, or pass loss_fn=lambda outputs, targets: ... that picks it."
+            )
+        if not fits:
+            raise DataError(
+                f"no loss can be inferred for {got}: integer targets want one output per class (cross-entropy), float "
+                "targets want outputs of their own shape (mean-squared error). Pass loss_fn, or "
+                "batch_loss=callable(model, batch) -> (loss, weight)."
+            )
+        self.name = self._inferred = self._inferred or next(iter(fits))
 
 
 def _in_float64(loss_fn: LossFn) -> LossFn:
@@ -153,7 +235,7 @@ def _in_float64(loss_fn: LossFn) -> LossFn:
     numbers, ``p - 1`` with ``p`` near 1. Single precision loses them, and with them the curvature of a well trained
     model; the logits are the small end of the network, so computing there in float64 costs next to nothing.
     """
-    function, options = _options(loss_fn)
+    function, options = options_of(loss_fn)
     if isinstance(loss_fn, functools.partial) and (loss_fn.args or function is not functional.cross_entropy):
         return loss_fn
     if type(function) is nn.CrossEntropyLoss:  # a subclass may compute something else
@@ -220,13 +302,14 @@ def _logits(outputs: Any) -> Any:
     return outputs if own is None else own
 
 
-def _scalar(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-        raise ModelError(
-            f"the loss must be a real scalar tensor, got {describe(loss)}. "
-            'Reduce it to one number, with reduction="mean" for instance.'
-        )
-    return loss.reshape(())
+def _measured(loss_fn: LossFn, outputs: Any, targets: Any) -> tuple[Tensor, float]:
+    """Return the loss as the criterion gives it, and the number of its terms."""
+    return scalar(_in_float64(loss_fn)(outputs, targets)), count_terms(loss_fn, outputs, targets)
+
+
+def _apart(outputs: Any) -> Any:
+    """Return outputs that can be differentiated with respect to, each on its own, where one depends on another."""
+    return outputs if isinstance(outputs, Tensor) else map_tensors(lambda t: t.view_as(t), outputs)
 
 
 def _labels(targets: Any, outputs: Any) -> float:
@@ -246,119 +329,8 @@ def _labels(targets: Any, outputs: Any) -> float:
     return float((targets[..., 1:] if causal else targets).ne(-100).sum().item())
 
 
-def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    return functional.cross_entropy(outputs, targets.long())
-
-
 def _cross_entropy_last(outputs: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(outputs.movedim(-1, 1), targets.long())
-
-
-def _options(loss_fn: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the function behind a partial, and the keywords it was given."""
-    if isinstance(loss_fn, functools.partial):
-        function, options = _options(loss_fn.func)
-        return function, {**options, **loss_fn.keywords}
-    return (functional.cross_entropy if loss_fn is _cross_entropy else loss_fn), {}
-
-
-def count_terms(loss_fn: LossFn, outputs: Any, targets: Any) -> float:
-    """Return the number of terms that the mean over this batch would divide by.
-
-    Raises:
-        ArgumentError: If it cannot be told, for an unknown loss over targets that may be padding.
-    """
-    function, options = _options(loss_fn)
-    if isinstance(function, _CLASS_CRITERIA):
-        options = {"weight": function.weight, "ignore_index": function.ignore_index}
-    if isinstance(function, _CLASS_CRITERIA) or any(function is known for known in _CLASS_FUNCTIONS):
-        if targets.is_floating_point():  # probabilities: one term per distribution
-            return float(targets.numel() / outputs.shape[1 if outputs.ndim > 1 else 0])
-        counted = targets[targets != options.get("ignore_index", -100)]
-        weight = options.get("weight")
-        return float(counted.numel() if weight is None else weight.to(counted.device)[counted].sum().item())
-    if not isinstance(targets, Tensor):
-        lengths = {tensor.shape[0] for tensor in tensors_in(targets) if tensor.ndim}
-        if len(lengths) != 1:
-            raise ArgumentError(
-                f"the number of loss terms of targets {describe(targets)} cannot be told. "
-                "Pass batch_loss=callable(model, batch) -> (mean loss, number of terms)."
-            )
-        return float(lengths.pop())
-    if getattr(function, "reduction", None) == "batchmean":
-        return float(targets.shape[0])
-    if not isinstance(function, nn.modules.loss._Loss):
-        integers = not targets.is_floating_point() and targets.dtype != torch.bool
-        if integers and targets.numel() and bool((targets < 0).any()):
-            raise ArgumentError(
-                f"the loss {_name(loss_fn)} is unknown and some targets are negative, so which of them count as loss "
-                "terms cannot be told. Pass torch.nn.CrossEntropyLoss(ignore_index=...), or "
-                "batch_loss=callable(model, batch) -> (mean loss, number of terms)."
-            )
-    elif isinstance(outputs, Tensor) and targets.is_floating_point():
-        return float((outputs.detach() - targets).numel())
-    return float(targets.numel() if targets.ndim else 1)
-
-
-def find_reduction(loss_fn: LossFn, outputs: Any, targets: Any) -> str:
-    """Return ``"mean"`` or ``"sum"``: as the criterion says, else by doubling the batch and seeing what it does.
-
-    Raises:
-        ArgumentError: If doubling the batch neither keeps nor doubles the loss.
-    """
-    function, options = _options(loss_fn)
-    known = any(function is one for one in _CLASS_FUNCTIONS)
-    declared = options.get("reduction", "mean" if known else getattr(function, "reduction", None))
-    if declared in ("mean", "sum", "batchmean"):
-        return "sum" if declared == "sum" else "mean"
-    with torch.no_grad():
-        for scale, shift in _PROBES:
-            probe = map_tensors(lambda t: scale * t.detach() + shift, outputs)  # noqa: B023 - used at once
-            try:
-                single, double = (
-                    _scalar(loss_fn(*pair)).item() for pair in ((probe, targets), (_twice(probe), _twice(targets)))
-                )
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                raise ArgumentError(
-                    f"whether the loss {_name(loss_fn)} is a mean or a sum over samples cannot be told "
-                    f"({error}). Pass batch_loss=callable(model, batch) -> (mean loss, number of terms)."
-                ) from error
-            if abs(single) > 1e-12:
-                break
-        if abs(double - single) <= 1e-3 * abs(single):
-            _require_additive(loss_fn, probe, targets, single)
-            return "mean"
-    if abs(double - 2 * single) <= 1e-3 * abs(single):
-        return "sum"
-    raise ArgumentError(
-        f"the loss {_name(loss_fn)} is neither a mean nor a sum over samples: it gives {single:.6g} on a batch and "
-        f"{double:.6g} on the same batch twice. Pass batch_loss=callable(model, batch) -> (loss, weight)."
-    )
-
-
-def _require_additive(loss_fn: LossFn, outputs: Any, targets: Any, whole: float) -> None:
-    """Refuse a mean whose terms do not all weigh the same, as with class weights or ignored targets inside of it."""
-    count = min(tensor.shape[0] for tensor in (*tensors_in(outputs), *tensors_in(targets)))
-    if count < 2:
-        return
-    for cut in {1, count // 2}:
-        parts = []
-        for piece, weight in ((slice(None, cut), cut), (slice(cut, None), count - cut)):
-            pair = (map_tensors(lambda t: t[piece], batch) for batch in (outputs, targets))  # noqa: B023 - used at once
-            parts.append(weight * _scalar(loss_fn(*pair)).item() / count)
-        if not abs(sum(parts) - whole) <= 1e-3 * abs(whole):  # NaN is no agreement either
-            break
-    else:
-        return
-    raise ArgumentError(
-        f"the loss {_name(loss_fn)} is no plain mean over samples: {whole:.6g} on a batch, {sum(parts):.6g} from its "
-        "parts; terms seem to be weighted or ignored. Pass torch.nn.CrossEntropyLoss(weight=..., ignore_index=...) "
-        "itself, or batch_loss=callable(model, batch) -> (mean loss, total weight)."
-    )
-
-
-def _twice(batch: Any) -> Any:
-    return map_tensors(lambda t: torch.cat([t, t]), batch)
 
 
 def _accuracy(outputs: Any, targets: Any) -> tuple[float | None, float | None]:
@@ -371,8 +343,3 @@ def _accuracy(outputs: Any, targets: Any) -> tuple[float | None, float | None]:
     counted = targets >= 0
     hits = (outputs.argmax(dim=1) == targets) & counted
     return float(hits.sum().item()), float(counted.sum().item())
-
-
-def _name(loss_fn: Any) -> str:
-    function, _ = _options(loss_fn)
-    return getattr(function, "__name__", type(function).__name__)

@@ -19,15 +19,18 @@ class Budget:
     """Bytes that may be kept between products on ``device``; ``None`` means a share of what is free.
 
     A storage counts once, however many tensors share it; those of ``free_of_charge`` are there anyway.
+    ``reserved`` bytes are left alone.
     """
 
-    def __init__(self, memory: int | None, device: torch.device, free_of_charge: Iterable[Tensor] = ()) -> None:
-        self.left = _share_of_free(device) if memory is None else memory
+    def __init__(
+        self, memory: int | None, device: torch.device, free_of_charge: Iterable[Tensor] = (), *, reserved: int = 0
+    ) -> None:
+        self.left = max((int(_SHARE * free_bytes(device)) if memory is None else memory) - reserved, 0)
         self._seen = {tensor.untyped_storage().data_ptr() for tensor in free_of_charge}
 
     def take(self, tensors: Iterable[Tensor]) -> bool:
         """Charge for the tensors' storages if all of them fit; return whether they did."""
-        new = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+        new = storages(tensors)
         new = {pointer: size for pointer, size in new.items() if pointer not in self._seen}
         if sum(new.values()) >= self.left:
             return False
@@ -36,9 +39,25 @@ class Budget:
         return True
 
 
-def _share_of_free(device: torch.device) -> int:
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
-    return int(_SHARE * free)
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Return address and size of every storage of the tensors, those of sparse tensors' parts included."""
+    dense = (part.untyped_storage() for tensor in tensors for part in _parts(tensor))
+    return {storage.data_ptr(): storage.nbytes() for storage in dense}
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    if tensor.layout == torch.strided:
+        return (tensor,)
+    if tensor.layout == torch.sparse_coo:
+        return (tensor._indices(), tensor._values())
+    if tensor.layout == torch.sparse_csr:
+        return (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+    return ()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that are free on ``device``, as far as the system tells."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
 
 
 def _free_host_memory() -> int:
@@ -59,9 +78,10 @@ def _free_host_memory() -> int:
     return min(found, default=_FALLBACK)
 
 
-def graph_nodes(roots: Iterable[Tensor]) -> Iterator[Any]:
-    """Yield every node of the autograd graph of ``roots``."""
-    todo = [root.grad_fn for root in roots if root.grad_fn is not None]
+def graph_nodes(roots: Iterable[Any]) -> Iterator[Any]:
+    """Yield every node of the autograd graph of ``roots``, tensors or edges of a graph."""
+    found = (root.grad_fn if isinstance(root, Tensor) else root.node for root in roots)
+    todo = [node for node in found if node is not None]
     met: set[Any] = set(todo)
     while todo:
         node: Any = todo.pop()
@@ -72,7 +92,7 @@ def graph_nodes(roots: Iterable[Tensor]) -> Iterator[Any]:
                 todo.append(parent)
 
 
-def graph_tensors(roots: Iterable[Tensor]) -> Iterator[Tensor]:
+def graph_tensors(roots: Iterable[Any]) -> Iterator[Tensor]:
     """Yield every tensor that the autograd graph of ``roots`` keeps alive, as far as its nodes tell."""
     for node in graph_nodes(roots):
         for name in _saved_names(type(node)):

@@ -8,10 +8,9 @@ products while memory lasts, which saves two of the four passes that a product c
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +18,26 @@ from torch import Tensor, nn
 from sharpness._checks import check_choice, check_count, check_memory, check_seed
 from sharpness._progress import check_progress
 from sharpness._warn import warn
-from sharpness.errors import ArgumentError, DataError, DeterminismWarning, ModelError, NonFiniteError
-from sharpness.objective.batch_sum import BatchSum
-from sharpness.objective.data import Batches, first_samples, tensors_in
-from sharpness.objective.evaluation import Evaluation
-from sharpness.objective.first_order import FirstOrder
-from sharpness.objective.functional import Functional, unwrap
-from sharpness.objective.guard import MODES, guarded, reseed
-from sharpness.objective.losses import BatchLoss, Criterion, LossFn, Terms
-from sharpness.objective.memory import Budget
+from sharpness.errors import ArgumentError, DeterminismWarning
+from sharpness.objective.curvature import HESSIAN, Curvature
+from sharpness.objective.data import Batches
+from sharpness.objective.estimate import GraphSize, graph_size
+from sharpness.objective.evaluation import Evaluation, evaluate, value_and_gradient
+from sharpness.objective.fingerprint import fingerprint
+from sharpness.objective.functional import Functional
+from sharpness.objective.guard import MODES, guarded
+from sharpness.objective.kernels import PRECISIONS, check_autocast
+from sharpness.objective.losses import BatchLoss, Criterion
+from sharpness.objective.microbatch import check_no_batch_statistics, check_pieces
 from sharpness.objective.parameters import ParameterChoice, choose
+from sharpness.objective.passes import Passes
+from sharpness.objective.products import Products, Request
+from sharpness.objective.reduction import LossFn
+from sharpness.objective.rounding import product_error
+from sharpness.objective.wrappers import unwrap
 
-_SAMPLES = 32  # to measure rounding errors on
+T = TypeVar("T")
+_IDENTITY = ("mode", "seed", "max_batches", "skip_batches", "memory", "microbatch_size", "precision")
 _SLACK = {torch.float32: 1e-5, torch.float64: 1e-10}  # relative change of the loss by another order of summation
 
 
@@ -39,8 +46,9 @@ class Objective:
     """The loss of a model over data, as a function of the flat vector of its parameters.
 
     The model is never changed: it is evaluated with other tensors in its parameters' and buffers' places, and its
-    flags and all random states are restored after each call. Nothing is computed at construction. After the model's
-    weights have changed, the objective is that of the model as it is then.
+    flags and all random states are restored after each call. Nothing is computed at construction. After the weights,
+    buffers or flags of the model, or the tensors of the criterion, have changed, the objective is that of the model as
+    it is then; after anything else has (data changed in place, a Python attribute), call `release`.
 
     Args:
         model: A module with trainable parameters; wrappers for compilation and data parallelism are looked through.
@@ -53,16 +61,20 @@ class Objective:
             among the parameters that require grad.
         mode: ``"eval"``, ``"train"`` or ``"as_is"``: which train/eval flags the model has while it is measured.
         max_batches: Use only the first so many batches.
+        skip_batches: Leave out so many batches before those.
         seed: Seed of everything random; the global generators are left alone.
         progress: Show progress bars; ``None`` shows them on a terminal after two seconds.
         memory: Bytes (or ``"2GiB"``) that may be kept between products; ``0`` keeps nothing, ``"auto"`` up to half
             of what is free.
+        microbatch_size: Cut each batch into pieces of at most so many samples. The loss stays what it is; that is
+            checked on the first batch, and refused where batch statistics would change it.
+        precision: ``"exact"`` switches off autocast and TensorFloat-32, whatever the settings around the call;
+            ``"tf32"`` allows the latter; ``"bfloat16"`` and ``"float16"`` run the forward pass under autocast.
 
     Attributes:
         model: The module itself, without wrappers.
         parameters: Which parameters are measured, and how they line up in a vector.
-        num_passes: Passes over the data so far.
-        num_terms: Loss terms in the data, once walked.
+        passes: Walks over the data, which count themselves.
         unused: Names of the parameters that the loss does not depend on, once a product was made.
 
     Raises:
@@ -88,32 +100,59 @@ class Objective:
         params: ParameterChoice | None = None,
         mode: str = "eval",
         max_batches: int | None = None,
+        skip_batches: int = 0,
         seed: int = 0,
         progress: bool | None = None,
         memory: int | str = "auto",
+        microbatch_size: int | None = None,
+        precision: str = "exact",
     ) -> None:
+        self._given = {name: value for name, value in locals().items() if name not in ("self", "model", "loader")}
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         self.model = unwrap(model)
         self.mode = check_choice("mode", mode, MODES)
+        self.skip_batches = check_count("skip_batches", skip_batches, low=0)
         self.max_batches = None if max_batches is None else check_count("max_batches", max_batches)
         self.seed = check_seed(seed)
         self.progress = check_progress(progress)
         self.memory = check_memory(memory)
+        self.microbatch_size = None if microbatch_size is None else check_count("microbatch_size", microbatch_size)
+        self.precision = check_choice("precision", precision, PRECISIONS)
         self.criterion = Criterion(loss_fn, batch_loss)
         self.parameters = choose(self.model, params)
-        self.batches = Batches(loader, device=self.device, max_batches=self.max_batches, seed=self.seed)
-        self.num_passes = 0
-        self.num_terms: float | None = None
+        check_autocast(self.precision, self.dtype)
+        self.batches = Batches(
+            loader,
+            device=self.parameters.entrance,
+            skip=self.skip_batches,
+            max_batches=self.max_batches,
+            seed=self.seed,
+            uniform=batch_loss is None,
+            piece=self.microbatch_size,
+        )
         self.unused: tuple[str, ...] = ()
-        self._functional = Functional(self.model, self.criterion, self.parameters)
+        self._functional = Functional(self.model, self.criterion, self.parameters, self.precision)
+        self.passes = Passes(self.model, self._functional, self.batches, seed=self.seed, memory=self.memory)
+        if self.microbatch_size is not None:
+            check_no_batch_statistics(self.model, self.mode)
+        self._pieces_checked = self.microbatch_size is None
         self._depth = 0
-        self._graphs: dict[int, FirstOrder] = {}
+        self._engines: dict[Curvature, Products] = {}
         self._leaves: list[Tensor] = []
         self._snapshot: list[Tensor] | None = None  # what the kept graphs were made for
-        self._budget: Budget | None = None
         self._loss: float | None = None
         self._checked = False
+
+    @property
+    def num_passes(self) -> int:
+        """Return the number of passes over the data so far."""
+        return self.passes.count
+
+    @property
+    def num_terms(self) -> float | None:
+        """Return the number of loss terms in the data, once walked."""
+        return self.passes.num_terms
 
     @property
     def n(self) -> int:
@@ -130,6 +169,45 @@ class Objective:
         """Return the device of the parameters."""
         return self.parameters.device
 
+    def reserve(self, size: int) -> None:
+        """Keep so many bytes of ``memory`` free of data and graphs; what is kept is forgotten if that changes."""
+        if size != self.passes.reserved:
+            self.passes.reserved = size
+            self.release()
+
+    def graph_size(self, curvature: Curvature = HESSIAN, *, unless: float = 0.0) -> GraphSize | None:
+        """Return how much memory the graph of a batch takes, told from the first samples of the first batch.
+
+        ``unless`` is the size of a batch, in bytes, that is not worth the look.
+        """
+        with self.session():
+            self.batches.settle(self.passes.room())
+            sample = self.batches.sample
+            if sample is None or sample.bytes <= unless:
+                return None
+            return graph_size(self._functional, sample, curvature, self.seed)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what identifies the function: digests of data and weights, and the options; one walk over the data."""
+        with self.session():
+            self.passes.count += 1
+            return {
+                **fingerprint(self.model, self.batches, self._given["loss_fn"] or self._given["batch_loss"]),
+                "parameters": list(self.parameters.names),
+                **{name: getattr(self, name) for name in _IDENTITY},
+            }
+
+    def restricted(self, block: Sequence[int]) -> Objective:
+        """Return the objective as a function of some of its parameters, by position; the others are held fixed."""
+        return self._again(params=[self.parameters.names[i] for i in block])
+
+    def held_out(self) -> Objective:
+        """Return the same objective on the next ``max_batches`` batches of the loader."""
+        return self._again(skip_batches=self.skip_batches + (self.max_batches or 0), memory=0)
+
+    def _again(self, **changes: Any) -> Objective:
+        return Objective(self.model, self.batches.loader, **{**self._given, **changes})
+
     def vector(self) -> Tensor:  # -> (n,)
         """Return the parameters as they are now, as one new vector."""
         named = dict(self.model.named_parameters())
@@ -143,7 +221,7 @@ class Objective:
             tensors: What to put in the places of parameters and buffers, by name; goes before ``at``.
         """
         with self.session():
-            return self._evaluate(at, tensors=tensors)
+            return evaluate(self.passes, self._functional.leaves(at, differentiable=False), tensors=tensors)
 
     def value(self, at: Tensor | None = None) -> float:
         """Return the loss at ``at``, ``(n,)``, or at the parameters as they are; one forward pass."""
@@ -158,7 +236,7 @@ class Objective:
         with self.session():
             leaves = self._functional.leaves(at)
             loss, gradient = self._functional.inside(
-                self._functional.places(leaves), lambda: self._value_and_gradient(leaves)
+                self._functional.places(leaves), lambda: value_and_gradient(self.passes, leaves, self.parameters)
             )
             if at is None:
                 self._loss = loss
@@ -169,55 +247,81 @@ class Objective:
         return self.value_and_gradient(at)[1]
 
     def hvp(self, v: Tensor) -> Tensor:  # (n,) -> (n,)
-        """Return the product of the Hessian at the parameters as they are with ``v``; one pass over the data.
+        """Return the product of the Hessian at the parameters as they are with ``v``; see `products`."""
+        return self.products([v])[0]
+
+    def products(
+        self,
+        vectors: Sequence[Tensor],
+        *,
+        curvature: Curvature = HESSIAN,
+        blocks: Sequence[Sequence[int]] | None = None,
+    ) -> list[Tensor]:
+        """Return the product of a curvature matrix with each vector; one pass over the data for all of them.
+
+        Args:
+            vectors: ``(n,)`` each, or with the entries of its block.
+            curvature: Which matrix.
+            blocks: For each vector the positions in `parameters` of the diagonal block to multiply by; all if ``None``.
 
         Raises:
             NonFiniteError: If the loss, gradient or product of a batch is NaN or infinite.
             ModelError: If an operation of the model has no second derivative.
+            ArgumentError: If the loss tells too little for this curvature.
         """
+        self.require(curvature)
+        wanted = [Request.of(self.parameters, v, None if blocks is None else blocks[i]) for i, v in enumerate(vectors)]
         with self.session():
-            self.parameters.check(v)
-            leaves = self._current_leaves()
-            return self._functional.inside(self._functional.places(leaves), lambda: self._hvp(leaves, v))
+            found = self._with_graphs(curvature, lambda engine, leaves: engine.multiply(self.passes, leaves, wanted))
+            engine = self._engines[curvature]
+            self._loss = engine.loss
+            self.unused = tuple(name for i, name in enumerate(self.parameters.names) if i not in engine.used)
+            return found
 
-    def product_error(self, rows: Tensor) -> float | None:  # (k, n)
+    def quadratic_forms(self, v: Tensor, *, curvature: Curvature = HESSIAN) -> tuple[Tensor, Tensor]:
+        """Return ``v' H_b v`` for the mean loss of each batch ``b``, and the batches' weights; one pass."""
+        self.require(curvature)
+        request = Request.of(self.parameters, v)
+        with self.session():
+
+            def forms(engine: Products, leaves: list[Tensor]) -> list[tuple[float, float]]:
+                found = []
+                for share in engine.shares(self.passes, leaves, [request]):
+                    pairs = zip(share.pieces[0], request.directions, strict=True)
+                    form = sum(torch.sum(p.double() * d.double()).item() for p, d in pairs if p is not None)
+                    found.append((form / share.weight, share.weight))
+                    del share, pairs
+                return found
+
+            values, weights = zip(*self._with_graphs(curvature, forms), strict=True)
+            return torch.tensor(values, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
+
+    def require(self, curvature: Curvature) -> None:
+        """Refuse a curvature that this loss does not define.
+
+        Raises:
+            ArgumentError: If it is defined by the model's outputs, and a ``batch_loss`` hides them.
+        """
+        if curvature.name != "hessian" and self.criterion.hides_outputs:
+            raise ArgumentError(
+                f'curvature="{curvature.name}" is defined by the outputs of the model, and a batch_loss hides them. '
+                'Pass loss_fn=callable(outputs, targets) in its place, or curvature="hessian".'
+            )
+
+    def product_error(
+        self, rows: Tensor, *, curvature: Curvature = HESSIAN, block: Sequence[int] | None = None
+    ) -> float | None:  # (k, n)
         """Return by how much rounding moves products with the rows: their distance from those in float64.
 
         Measured on the first samples only. Zero for a float64 model; ``None`` if the model cannot run in float64.
+        ``block`` is the positions of the parameters that the rows belong to, all if ``None``.
         """
         if self.dtype == torch.float64:
             return 0.0
-        v = rows.sum(dim=0)  # stands for each of them: the error of any one shows up in it
-        left, weight = _SAMPLES, 0.0
-        error = torch.zeros(self.n, dtype=torch.float64, device=self.device)
+        summed = rows.sum(dim=0)  # stands for each of them: the error of any one shows up in it
+        request = Request.of(self.parameters, summed, block)
         with self.session():
-            for _, batch in self.batches.walk():
-                found = self._error_on(first_samples(batch, left), v) or self._error_on(batch, v)
-                if found is None:
-                    return None
-                error += found[0]
-                weight += found[1]
-                left -= len(next(iter(tensors_in(batch)), "1"))
-                if left <= 0:
-                    break
-        return float(torch.linalg.vector_norm(error)) / weight if weight else None
-
-    def _error_on(self, batch: Any, v: Tensor) -> tuple[Tensor, float] | None:
-        """Return the float64 less the float32 product on one batch, times its weight; ``None`` if they fail."""
-        products = []
-        for dtype in (torch.float32, torch.float64):
-            reseed(self.seed, 0, 0)
-            try:
-                products.append(self._functional.product(batch, v, dtype))
-            except (
-                RuntimeError,
-                ValueError,
-                IndexError,
-                TypeError,
-            ):  # a dtype, or a batch size, written into the model
-                return None
-        (single, weight), (double, _) = products
-        return double - single, weight
+            return product_error(self._functional, self.batches, curvature, request, self.seed)
 
     def check(self) -> None:
         """Warn, with the measured difference, if the loss is not the same on another walk over the data.
@@ -227,8 +331,8 @@ class Objective:
         with self.session():
             if self._checked:
                 return
-            first = self._evaluate(None).loss if self._loss is None else self._loss
-            again = self._evaluate(None, draw=1).loss
+            first = self.value() if self._loss is None else self._loss
+            again = evaluate(self.passes, self._functional.leaves(differentiable=False), draw=1).loss
             self._loss, self._checked = first, True
             if abs(first - again) > _SLACK[self.dtype] * max(abs(first), abs(again), 1e-3):
                 warn(
@@ -240,12 +344,14 @@ class Objective:
 
     def release(self) -> None:
         """Forget the graphs kept between products."""
-        self._graphs, self._leaves, self._snapshot, self._budget = {}, [], None, None
-        self._loss = None
+        self._engines, self._leaves, self._snapshot, self._loss = {}, [], None, None
+        self.passes.forget()
 
-    def provenance(self) -> dict[str, Any]:
-        """Return what the objective resolved to, for a result's ``settings``."""
+    def provenance(self, curvature: Curvature | None = None) -> dict[str, Any]:
+        """Return what the objective resolved to, for a result's ``settings``; how products were made, if asked for."""
+        engine = None if curvature is None else self._engines.get(curvature)
         return {
+            **({} if engine is None else engine.provenance()),
             "loss": self.criterion.name,
             "mode": self.mode,
             "seed": self.seed,
@@ -253,9 +359,11 @@ class Objective:
             "dtype": str(self.dtype),
             "device": str(self.device),
             "num_terms": self.num_terms,
-            "num_batches": self.batches.count,
+            "num_batches": self.batches.loaded,
             "max_batches": self.max_batches,
-            "kept_graphs": len(self._graphs),
+            "microbatch_size": self.microbatch_size,
+            "precision": self.precision,
+            "kept_graphs": sum(len(engine.kept) for engine in self._engines.values()),
             "unused_parameters": list(self.unused),
             "torch": torch.__version__,
         }
@@ -267,134 +375,25 @@ class Objective:
             with torch.enable_grad():
                 yield
             return
-        with guarded(self.model, self.mode, self.device, self.batches.generators()):
-            stale = self._snapshot is None or not all(map(torch.equal, self._snapshot, self._functional.state()))
-            if stale:
+        with guarded(self.model, self.mode, self.device, self.batches.generators(), self.precision):
+            self._functional.check_unmoved()
+            if self._snapshot is None or not all(map(torch.equal, self._snapshot, self._functional.state())):
                 self.release()
             self._depth += 1
             try:
+                if not self._pieces_checked:
+                    check_pieces(self._functional, self.batches, self.seed)
+                    self._pieces_checked = True
                 yield
             finally:
                 self._depth -= 1
 
-    def _evaluate(self, at: Tensor | None, *, draw: int = 0, tensors: Mapping[str, Tensor] | None = None) -> Evaluation:
-        total = weight = correct = counted = 0.0
-        classes = True
-        # Not under no_grad: a forward pass may take derivatives of its own.
-        leaves = self._functional.leaves(at, differentiable=False)
-        for _, terms in self._terms(leaves, draw=draw, tensors=tensors):
-            total, weight = total + terms.total.item(), weight + terms.weight
-            if terms.correct is None or terms.counted is None:
-                classes = False
-            else:
-                correct, counted = correct + terms.correct, counted + terms.counted
-        return Evaluation(loss=total / weight, accuracy=correct / counted if classes and counted else None)
-
-    def _value_and_gradient(self, leaves: list[Tensor]) -> tuple[float, Tensor]:
-        total, weight, gradient = 0.0, 0.0, BatchSum(self.parameters, "gradient")
-        used: set[int] = set()
-        for i, terms in self._terms(leaves):
-            total, weight = total + terms.total.item(), weight + terms.weight
-            gradients = torch.autograd.grad(terms.total, leaves, allow_unused=True)
-            used |= {j for j, g in enumerate(gradients) if g is not None}
-            gradient.add(i, gradients)
-        _require_dependence(used)
-        return total / weight, gradient.divided_by(weight)
-
-    def _hvp(self, leaves: list[Tensor], v: Tensor) -> Tensor:
-        directions = self.parameters.split(v.detach())
-        total, weight, product = 0.0, 0.0, BatchSum(self.parameters, "Hessian-vector product")
-        used: frozenset[int] = frozenset()
-        for i, graph, keep in self._first_orders(leaves):
-            total, weight, used = total + graph.total, weight + graph.weight, used | graph.used
-            product.add(i, graph.product(leaves, directions, keep=keep))
-        _require_dependence(used)
-        self._loss = total / weight
-        self.unused = tuple(name for i, name in enumerate(self.parameters.names) if i not in used)
-        return product.divided_by(weight)
-
-    def _terms(
-        self,
-        leaves: Sequence[Tensor],
-        *,
-        draw: int = 0,
-        tensors: Mapping[str, Tensor] | None = None,
-        skip: Mapping[int, Any] | None = None,
-    ) -> Iterator[tuple[int, Terms]]:
-        """Walk the data once and yield the position and the terms of each batch that has any, but for ``skip``."""
-        self.num_passes += 1
-        self.batches.settle(self._room())
-        places = self._functional.places(leaves, tensors)
-        renewed = any(module.training for module in self.model.modules())
-        found = 0.0
-        for i, batch in self.batches.walk(draw=draw):
-            if skip is not None and i in skip:
-                found += skip[i].weight
-                continue
-            if renewed:  # batch norm and its like write to their buffers
-                places = self._functional.places(leaves, tensors)
-            reseed(self.seed, draw, i)
-            terms = self._functional.terms(batch, places)
-            if terms.weight == 0:
-                continue
-            found += terms.weight
-            _require_finite(i, terms)
-            if leaves[0].requires_grad and not terms.total.requires_grad:
-                _require_dependence(())
-            yield i, terms
-        if found == 0:
-            raise DataError("the loader holds no loss term: every batch has weight 0. Check ignore_index and weights.")
-        self.num_terms = found
-
-    def _current_leaves(self) -> list[Tensor]:
-        """Return the leaves of the kept graphs, or new ones."""
-        self.batches.settle(self._room())
-        if self._snapshot is None:
+    def _with_graphs(self, curvature: Curvature, use: Callable[[Products, list[Tensor]], T]) -> T:
+        """Return ``use(engine, leaves)``, run with the leaves of the kept graphs, or new ones, in their places."""
+        self.batches.settle(self.passes.room())
+        if self.batches.kept and self._snapshot is None:
             self._leaves = self._functional.leaves()
-            if self.batches.kept:
-                self._snapshot = [tensor.detach().clone() for tensor in self._functional.state()]
-        return self._leaves
-
-    def _first_orders(self, leaves: list[Tensor]) -> Iterator[tuple[int, FirstOrder, bool]]:
-        """Yield the position and the first-order graph of each batch, and whether the graph must survive.
-
-        Graphs are kept only if the batches themselves are, since another walk may group the samples otherwise.
-        """
-        kept = dict(self._graphs)
-        yield from ((i, graph, True) for i, graph in kept.items())
-        if kept and len(kept) == self.batches.count:
-            self.num_passes += 1
-            return
-        room = self.batches.kept and not kept
-        for i, terms in self._terms(leaves, skip=kept):
-            graph = FirstOrder.of(terms, leaves)
-            if i == 0:  # the same operations for every batch
-                graph.require_differentiable()
-            room = room and self._room().take(graph.tensors())
-            if room:
-                self._graphs[i] = graph
-            yield i, graph, room
-
-    def _room(self) -> Budget:
-        """Return what memory there is to keep batches and graphs."""
-        if self._budget is None:
-            self._budget = Budget(self.memory, self.device, [*self.model.parameters(), *self.model.buffers()])
-            self._budget.take(self.batches.tensors())
-        return self._budget
-
-
-def _require_finite(i: int, terms: Terms) -> None:
-    if not math.isfinite(terms.total.item()):
-        raise NonFiniteError(
-            f"the loss of batch {i} (counted from 0) is {terms.total.item()}. "
-            "Check this batch for NaN, and the weights for overflow."
-        )
-
-
-def _require_dependence(used: Collection[int]) -> None:
-    """Refuse a loss that none of the parameters has a part in."""
-    if not used:
-        raise ModelError(
-            "the loss does not depend on the parameters that are measured. Look for .detach(), .item() and "
-            "torch.no_grad() in the model and the loss, and at params=..."
-        )
+            self._snapshot = [tensor.detach().clone() for tensor in self._functional.state()]
+        leaves = self._leaves or self._functional.leaves()
+        engine = self._engines.setdefault(curvature, Products(curvature, self.seed))
+        return self._functional.inside(self._functional.places(leaves), lambda: use(engine, leaves))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from sharpness._checks import nearest
 from sharpness.errors import ArgumentError, ModelError
+from sharpness.objective.wrappers import check_evaluable, is_quantised
 
 ParameterChoice: TypeAlias = "str | re.Pattern[str] | Callable[[str, Tensor], bool] | Iterable[str | re.Pattern[str]]"
 
@@ -25,7 +27,8 @@ class Parameters:
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
-    device: torch.device
+    device: torch.device  # of the vector; each parameter has its own
+    entrance: torch.device  # where the model takes its inputs
 
     @property
     def n(self) -> int:
@@ -42,6 +45,11 @@ class Parameters:
         """Return name and shape of each parameter."""
         return tuple((name, tuple(shape)) for name, shape in zip(self.names, self.shapes, strict=True))
 
+    def subset(self, positions: Iterable[int]) -> Parameters:
+        """Return some of them, by position."""
+        names, shapes = zip(*((self.names[i], self.shapes[i]) for i in positions), strict=True)
+        return dataclasses.replace(self, names=names, shapes=shapes)
+
     def check(self, vector: Any) -> None:
         """Refuse what is no ``(n,)`` vector."""
         if not isinstance(vector, Tensor) or vector.shape != (self.n,):
@@ -52,9 +60,9 @@ class Parameters:
         """Return views of ``flat`` in the parameters' shapes."""
         return [piece.view(shape) for piece, shape in zip(torch.split(flat, self.sizes), self.shapes, strict=True)]
 
-    def flatten(self, tensors: Iterable[Tensor]) -> Tensor:  # (n,)
+    def flatten(self, tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> Tensor:  # (n,)
         """Return the tensors, in the parameters' order, as one new vector."""
-        return torch.cat([tensor.detach().reshape(-1).to(self.dtype) for tensor in tensors])
+        return torch.cat([t.detach().reshape(-1).to(self.device, dtype or self.dtype) for t in tensors])
 
 
 def choose(model: nn.Module, params: ParameterChoice | None) -> Parameters:
@@ -64,7 +72,13 @@ def choose(model: nn.Module, params: ParameterChoice | None) -> Parameters:
         ArgumentError: If a name, glob or regular expression matches nothing.
         ModelError: If nothing is left to measure, or a parameter cannot be measured.
     """
+    check_evaluable(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable and is_quantised(model):
+        raise ModelError(
+            f"{type(model).__name__} has only quantised weights, which are integers and have no derivatives. "
+            "Measure the model as it was before it was quantised."
+        )
     if not trainable:
         raise ModelError(
             f"{type(model).__name__} has no trainable parameters; sharpness is measured with respect to those that "
@@ -79,15 +93,15 @@ def choose(model: nn.Module, params: ParameterChoice | None) -> Parameters:
             )
         if isinstance(p, nn.UninitializedParameter):
             raise ModelError(f"parameter {name!r} has no shape yet. Run one forward pass to initialise lazy layers.")
-    devices = {p.device for p in chosen.values()}
-    if len(devices) > 1:
-        listed = ", ".join(sorted(str(device) for device in devices))
-        raise ModelError(f"the parameters live on several devices ({listed}); choose those of one with params=...")
     dtype = torch.float32
     for p in chosen.values():
         dtype = torch.promote_types(dtype, p.dtype)
     return Parameters(
-        names=tuple(chosen), shapes=tuple(p.shape for p in chosen.values()), dtype=dtype, device=devices.pop()
+        names=tuple(chosen),
+        shapes=tuple(p.shape for p in chosen.values()),
+        dtype=dtype,
+        device=next(iter(chosen.values())).device,
+        entrance=next(model.parameters()).device,
     )
 
 

@@ -386,3 +386,14 @@ def test_dressed_models_really_have_what_real_ones_have():
     assert len(list(model.named_parameters(remove_duplicate=False))) == len(list(model.parameters())) + 1
     assert any(not p.requires_grad for p in model.parameters())
     assert list(model.buffers())
+
+
+def test_gradients_are_kept_by_their_graphs_alone_or_whole_with_the_same_products(monkeypatch):
+    problem = tanh_net()
+    v = torch.linspace(-1, 1, len(problem.hessian), dtype=torch.float64)
+    slim = Objective(problem.model, problem.loader)
+    monkeypatch.setattr("sharpness.objective.roots._EDGES", False)  # as before PyTorch 2.6
+    whole = Objective(problem.model, problem.loader)
+    for objective in (slim, whole):
+        torch.testing.assert_close(objective.hvp(v), problem.hessian @ v)
+    assert torch.equal(slim.hvp(v), whole.hvp(v))

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from sharpness import Objective
-from sharpness.errors import ArgumentError, ModelError
+from sharpness.errors import ArgumentError
+from sharpness.objective.embedding_bag import embedding_bag
 from tests.checks import assert_untouched
 from tests.zoo import tanh_net
 
@@ -83,7 +84,136 @@ def test_mixed_dtypes_are_measured_in_the_wider_one():
     assert (u @ objective.hvp(v)).item() == pytest.approx((v @ objective.hvp(u)).item(), rel=1e-4)
 
 
-def test_parameters_on_several_devices_are_refused():
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, device="meta"))
-    with pytest.raises(ModelError, match=r"several devices \(cpu, meta\)"):
-        Objective(model, [(torch.ones(1, 3), torch.tensor([0]))])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_model_may_live_on_several_devices():
+    class Split(nn.Module):
+        def __init__(self, there):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.there = nn.Linear(3, 3), nn.Linear(3, 3), there
+            self.b.to(there)
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x)).to(self.there))
+
+    loader = [(torch.randn(5, 3), torch.arange(5) % 3)]
+    for params in (None, "b.*"):
+        here, split = (Objective(Split(device), loader, params=params) for device in ("cpu", "cuda"))
+        v = torch.linspace(-1, 1, here.n)
+        at = here.vector() + 0.1
+        torch.testing.assert_close(split.hvp(v.to(split.device)).cpu(), here.hvp(v))
+        torch.testing.assert_close(split.gradient(at.to(split.device)).cpu(), here.gradient(at))
+
+
+def test_three_precisions_in_one_model():
+    """Half precision is measured in single precision, and the vector is in the widest."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.c = nn.Linear(3, 3).bfloat16(), nn.Linear(3, 3), nn.Linear(3, 3).double()
+
+        def forward(self, x):
+            x = torch.tanh(self.a(x.to(self.a.weight.dtype))).to(self.b.weight.dtype)
+            return self.c(torch.tanh(self.b(x)).double())
+
+    loader = [(torch.randn(5, 3), torch.arange(5) % 3)]
+    mixed, wide = Mixed(), Mixed().double()
+    with assert_untouched(mixed):
+        objective = Objective(mixed, loader)
+        v = torch.linspace(-1, 1, objective.n, dtype=torch.float64)
+        found = objective.hvp(v)
+    torch.testing.assert_close(found, Objective(wide, loader).hvp(v), rtol=1e-4, atol=1e-6)
+
+
+def test_empty_and_zero_dimensional_parameters():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.empty = nn.Parameter(torch.zeros(0, 3, dtype=torch.float64))
+            self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+        def forward(self, x):
+            return (x * self.scale).exp() + self.empty.sum()
+
+    x = torch.linspace(-1, 1, 4, dtype=torch.float64)[:, None]
+    objective = Objective(Odd(), [x], batch_loss=lambda m, b: (m(b).mean(), len(b)))
+    assert objective.n == 1
+    assert objective.parameters.layout == (("empty", (0, 3)), ("scale", ()))
+    exact = (x.square() * (1.5 * x).exp()).mean()
+    assert objective.hvp(torch.ones(1, dtype=torch.float64)).item() == pytest.approx(exact.item(), rel=1e-12)
+
+
+def words(kind, **options):
+    torch.manual_seed(0)
+    return nn.Sequential(kind(7, 4, **options), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).double()
+
+
+WORDS, LABELS = torch.randint(0, 7, (6, 2), generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+
+
+def test_sparse_embeddings_are_dense_ones():
+    found = []
+    for sparse in (False, True):
+        model = words(nn.Embedding, sparse=sparse, padding_idx=1)
+        model(WORDS)
+        with assert_untouched(model):
+            objective = Objective(model, [(WORDS, LABELS)])
+            v = torch.linspace(-1, 1, objective.n, dtype=torch.float64)
+            found.append(objective.hvp(v))
+        torch.testing.assert_close(found[-1], objective.hvp(v))
+        assert model[0].sparse is sparse
+        assert "forward" not in vars(model[0])
+    assert torch.equal(*found)
+    assert objective.gradient().abs().sum() > 0
+
+
+@pytest.mark.parametrize("padding", [None, 1])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_of_embeddings(mode, padding):
+    """PyTorch's kernel for them has no second derivative."""
+    for sparse in (False, True) if mode != "max" else (False,):
+        model = words(nn.EmbeddingBag, mode=mode, padding_idx=padding, sparse=sparse)
+        model(WORDS)
+        objective = Objective(model, [(WORDS[:4], LABELS[:4]), (WORDS[4:], LABELS[4:])])
+        assert objective.value() == pytest.approx(nn.functional.cross_entropy(model(WORDS), LABELS).item(), rel=1e-12)
+        v, step = torch.linspace(-1, 1, objective.n, dtype=torch.float64), 1e-5
+        ahead, behind = (objective.gradient(objective.vector() + sign * step * v) for sign in (1, -1))
+        torch.testing.assert_close(objective.hvp(v), (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_bags_of_several_lengths_and_weights_are_those_of_pytorch(last):
+    index, offsets = torch.tensor([1, 2, 1, 4, 5, 1]), torch.tensor([0, 2, 2, 5, *([6] if last else [])])
+    weights = torch.linspace(-1, 1, 6)
+    for mode in ("sum", "mean", "max"):
+        module = nn.EmbeddingBag(7, 4, mode=mode, padding_idx=1, include_last_offset=last)
+        torch.testing.assert_close(embedding_bag(module, index, offsets), module(index, offsets))
+    module = nn.EmbeddingBag(7, 4, mode="sum")
+    batch = (index.view(3, 2), None, weights.view(3, 2))
+    torch.testing.assert_close(embedding_bag(module, *batch), module(*batch))
+
+
+def test_embeddings_tied_to_the_head_count_once():
+    class Tied(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding = nn.Embedding(5, 3, dtype=torch.float64, sparse=True)
+            self.head = nn.Linear(3, 5, bias=False, dtype=torch.float64)
+            self.head.weight.data.copy_(self.embedding.weight.data)
+            if shared:
+                self.head.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.embedding(x)))
+
+    x = torch.arange(5)
+    objective = Objective(Tied(True), [(x, x.flip(0))])
+    assert objective.parameters.names == ("embedding.weight",)
+    apart = Objective(Tied(False), [(x, x.flip(0))])
+    v = torch.linspace(-1, 1, 15, dtype=torch.float64)
+    both = apart.hvp(torch.cat([v, v]))  # the chain rule: both blocks move together
+    torch.testing.assert_close(objective.hvp(v), both[:15] + both[15:])

@@ -1,0 +1,122 @@
+"""Walks over the data: the loss terms of one batch after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import final
+
+from torch import Tensor, nn
+
+from sharpness.errors import DataError, ModelError, NonFiniteError
+from sharpness.objective.data import Batches
+from sharpness.objective.functional import Functional
+from sharpness.objective.guard import reseed
+from sharpness.objective.losses import Terms
+from sharpness.objective.memory import Budget
+
+
+@final
+class Passes:
+    """Walks over the batches with a model, which count themselves.
+
+    Args:
+        model: The model, for its flags and for the tensors that take no extra memory.
+        functional: The loss of one batch.
+        batches: The data.
+        seed: Seed of what is random in the model.
+        memory: Bytes that may be kept between walks; ``None`` means a share of what is free.
+
+    Attributes:
+        count: Walks so far.
+        num_terms: Loss terms in the data, once walked.
+    """
+
+    def __init__(
+        self, model: nn.Module, functional: Functional, batches: Batches, *, seed: int, memory: int | None
+    ) -> None:
+        self.batches = batches
+        self.count = 0
+        self.num_terms: float | None = None
+        self.reserved = 0  # bytes of `memory` that are spoken for elsewhere
+        self._model = model
+        self._functional = functional
+        self._seed = seed
+        self._memory = memory
+        self._room: Budget | None = None
+
+    def terms(
+        self,
+        leaves: Sequence[Tensor],
+        *,
+        draw: int = 0,
+        tensors: Mapping[str, Tensor] | None = None,
+        skip: Mapping[int, float] | None = None,
+    ) -> Iterator[tuple[int, Terms]]:
+        """Walk the data once and yield the position and the terms of each batch that has any.
+
+        The graph of a batch lives as long as the consumer holds its terms: drop them before asking for the next.
+
+        Args:
+            leaves: What goes in the places of the chosen parameters.
+            draw: Which of the draws of everything random.
+            tensors: What goes in other places, by name.
+            skip: Batches that need not be evaluated, with their weights.
+        """
+        self.count += 1
+        self.batches.settle(self.room())
+        places = self._functional.places(leaves, tensors)
+        renewed = any(module.training for module in self._model.modules())
+        found = 0.0
+        for i, batch in self.batches.walk(draw=draw):
+            if skip is not None and i in skip:
+                found += skip[i]
+                continue
+            if renewed:  # batch norm and its like write to their buffers
+                places = self._functional.places(leaves, tensors)
+            reseed(self._seed, draw, i)
+            terms = self._functional.terms(batch, places)
+            if terms.weight == 0:
+                continue
+            found += terms.weight
+            _require_finite(i, terms)
+            if leaves[0].requires_grad and not terms.total.requires_grad:
+                require_dependence(())
+            yield i, terms
+            del terms  # the graph must not outlive its batch
+        if found == 0:
+            raise DataError("the loader holds no loss term: every batch has weight 0. Check ignore_index and weights.")
+        self.num_terms = found
+
+    def room(self) -> Budget:
+        """Return what memory there is to keep batches and graphs."""
+        if self._room is None:
+            own = [*self._model.parameters(), *self._model.buffers()]
+            self._room = Budget(self._memory, self.batches.device, own, reserved=self.reserved)
+            self._room.take(self.batches.tensors())
+        return self._room
+
+    def forget(self) -> None:
+        """Forget what was taken of the memory; the batches stay."""
+        self._room = None
+
+
+def _require_finite(i: int, terms: Terms) -> None:
+    if not math.isfinite(terms.total.item()):
+        raise NonFiniteError(
+            f"the loss of batch {i} (counted from 0) is {terms.total.item()}. "
+            "Check this batch for NaN, and the weights for overflow."
+        )
+
+
+def require_dependence(used: Collection[int]) -> None:
+    """Refuse a loss that none of the parameters has a part in.
+
+    Raises:
+        ModelError: If ``used`` is empty.
+    """
+    if not used:
+        raise ModelError(
+            "the loss does not depend on the parameters that are measured. Look for .detach(), .item(), "
+            "torch.no_grad() and quantised layers in the model and the loss, and at params=..."
+        )
