@@ -1,5 +1,11 @@
 """Curvature of an objective as linear operators."""
 
-from sharpness.operators.hessian import HessianOperator
+from sharpness.operators.curvature import (
+    CurvatureOperator,
+    EmpiricalFisherOperator,
+    FisherOperator,
+    GGNOperator,
+    HessianOperator,
+)
 
-__all__ = ["HessianOperator"]
+__all__ = ["CurvatureOperator", "EmpiricalFisherOperator", "FisherOperator", "GGNOperator", "HessianOperator"]
