@@ -20,6 +20,7 @@ from sharpness.errors import (
     ConvergenceWarning,
     DataError,
     DeterminismWarning,
+    MemoryWarning,
     ModelError,
     NonFiniteError,
     PrecisionWarning,
@@ -27,15 +28,17 @@ from sharpness.errors import (
     SharpnessWarning,
     StateWarning,
 )
-from sharpness.metrics import epsilon_sharpness, top_eigenvalues
+from sharpness.metrics import epsilon_sharpness, per_layer, top_eigenvalues
 from sharpness.objective import Evaluation, Objective
-from sharpness.operators import HessianOperator
+from sharpness.operators import EmpiricalFisherOperator, FisherOperator, GGNOperator, HessianOperator
 from sharpness.results import (
     Comparison,
     ComparisonRow,
     EigenResult,
     EpsilonSharpnessResult,
     InterpolationResult,
+    LayerwiseResult,
+    SampleInterval,
     Spread,
 )
 
@@ -48,14 +51,20 @@ __all__ = [
     "DataError",
     "DeterminismWarning",
     "EigenResult",
+    "EmpiricalFisherOperator",
     "EpsilonSharpnessResult",
     "Evaluation",
+    "FisherOperator",
+    "GGNOperator",
     "HessianOperator",
     "InterpolationResult",
+    "LayerwiseResult",
+    "MemoryWarning",
     "ModelError",
     "NonFiniteError",
     "Objective",
     "PrecisionWarning",
+    "SampleInterval",
     "SharpnessError",
     "SharpnessWarning",
     "Spread",
@@ -68,6 +77,7 @@ __all__ = [
     "errors",
     "interpolate",
     "linalg",
+    "per_layer",
     "plotting",
     "results",
     "top_eigenvalues",

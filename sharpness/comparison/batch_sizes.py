@@ -24,7 +24,8 @@ from sharpness.comparison.train import (
 )
 from sharpness.errors import ArgumentError
 from sharpness.objective.guard import own_randomness
-from sharpness.objective.losses import Criterion, LossFn
+from sharpness.objective.losses import Criterion
+from sharpness.objective.reduction import LossFn
 from sharpness.results import Comparison, Spread
 
 LR_SCALING: dict[str, Callable[[float], float]] = {"none": lambda ratio: 1.0, "linear": float, "sqrt": math.sqrt}

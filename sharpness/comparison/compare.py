@@ -13,18 +13,15 @@ from torch import nn
 from sharpness._checks import nearest
 from sharpness._progress import progress_bar
 from sharpness.errors import ArgumentError
-from sharpness.metrics import epsilon_sharpness, top_eigenvalues
 from sharpness.metrics.door import provenance
+from sharpness.metrics.registry import METRICS
 from sharpness.objective import Objective
-from sharpness.objective.losses import BatchLoss, LossFn
+from sharpness.objective.losses import BatchLoss
 from sharpness.objective.parameters import ParameterChoice
-from sharpness.results import Comparison, ComparisonRow, EigenResult, EpsilonSharpnessResult, Record, Spread
+from sharpness.objective.reduction import LossFn
+from sharpness.results import Comparison, ComparisonRow, EigenResult, Record, Spread
 
 Metric: TypeAlias = "str | tuple[str, Mapping[str, Any]]"
-METRICS: dict[str, Callable[..., Record]] = {
-    "top_eigenvalues": top_eigenvalues,
-    "epsilon_sharpness": epsilon_sharpness,
-}
 _DEFAULT: tuple[Metric, ...] = (
     "top_eigenvalues",
     ("epsilon_sharpness", {"epsilon": 1e-3}),
@@ -47,6 +44,8 @@ def compare(
     seed: int = 0,
     progress: bool | None = None,
     memory: int | str = "auto",
+    microbatch_size: int | None = None,
+    precision: str = "exact",
 ) -> Comparison:
     """Measure trained models side by side: loss, accuracy and every metric, with ratios to the first.
 
@@ -67,6 +66,8 @@ def compare(
         seed: The same random numbers for every model, so that the comparison is paired.
         progress: Show progress bars; ``None`` shows them on a terminal after two seconds.
         memory: Bytes (or ``"2GiB"``) that may be kept between products.
+        microbatch_size: Cut each batch into pieces of at most so many samples.
+        precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
 
     Returns:
         One row per name, the ratios to the first row, and warnings.
@@ -94,6 +95,8 @@ def compare(
         "max_batches": max_batches,
         "seed": seed,
         "memory": memory,
+        "microbatch_size": microbatch_size,
+        "precision": precision,
     }
     for group in groups.values():  # every model is checked before any is measured
         for model in group:
@@ -125,14 +128,6 @@ def compare(
         seconds=time.perf_counter() - started,
         settings=settings,
     )
-
-
-def headline(record: Record) -> float:
-    """Return the one number that stands for a record."""
-    if isinstance(record, EigenResult):
-        return record.eigenvalues[0].item()
-    assert isinstance(record, EpsilonSharpnessResult)  # noqa: S101 - these are all the metrics there are
-    return record.value
 
 
 def check_metrics(metrics: Any) -> None:
@@ -202,7 +197,7 @@ def _row(name: str, taken: Mapping[str, list[Any]], metrics: Sequence[str]) -> C
         test_loss=spread([evaluation.loss for evaluation in taken["test"]]),
         train_accuracy=spread([evaluation.accuracy for evaluation in taken["train"]]),
         test_accuracy=spread([evaluation.accuracy for evaluation in taken["test"]]),
-        metrics={metric: Spread.of(map(headline, taken[metric])) for metric in metrics},
+        metrics={metric: Spread.of(record.headline for record in taken[metric]) for metric in metrics},
         records={metric: tuple(taken[metric]) for metric in metrics},
     )
 

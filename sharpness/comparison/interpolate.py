@@ -16,9 +16,11 @@ from sharpness._progress import progress_bar
 from sharpness.errors import ArgumentError
 from sharpness.metrics.door import provenance
 from sharpness.objective import Evaluation, Objective
-from sharpness.objective.functional import unwrap
-from sharpness.objective.losses import BatchLoss, LossFn
-from sharpness.results import InterpolationResult, as_float64
+from sharpness.objective.losses import BatchLoss
+from sharpness.objective.reduction import LossFn
+from sharpness.objective.wrappers import unwrap
+from sharpness.results import InterpolationResult
+from sharpness.results.eigen import as_float64
 
 BATCH_NORM = ("recompute", "interpolate", "keep")
 
@@ -178,6 +180,8 @@ def _with_statistics(objective: Objective, point: dict[str, Tensor]) -> dict[str
     """Return ``point`` with the running statistics of its own activations, averaged over the whole loader."""
     model = copy.deepcopy(objective.model).eval()
     model.load_state_dict(point, strict=False)
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        model.float()  # as all half-precision models are measured
     for norm in _batch_norms(model):
         norm.reset_running_stats()
         norm.momentum = None  # the plain average over all batches
@@ -185,5 +189,5 @@ def _with_statistics(objective: Objective, point: dict[str, Tensor]) -> dict[str
     with torch.no_grad():
         for _, batch in objective.batches.walk():
             objective.criterion(model, batch)
-    objective.num_passes += 1
+    objective.passes.count += 1
     return {**point, **{name: b for name, b in model.named_buffers() if name in point}}

@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from sharpness.errors import ArgumentError, NonFiniteError
 from sharpness.objective import Objective
 from sharpness.objective.data import map_tensors
-from sharpness.objective.losses import LossFn
+from sharpness.objective.reduction import LossFn
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 OPTIMIZERS = ("sgd", "adam")

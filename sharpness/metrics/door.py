@@ -9,6 +9,7 @@ from typing import Any
 from sharpness._version import __version__
 from sharpness.errors import ArgumentError
 from sharpness.objective import Objective
+from sharpness.objective.curvature import Curvature
 
 
 def open_objective(model: Any, loader: Any, loss_fn: Any, options: Mapping[str, Any]) -> Objective:
@@ -40,6 +41,6 @@ def open_objective(model: Any, loader: Any, loss_fn: Any, options: Mapping[str, 
 _DEFAULTS = {name: option.default for name, option in inspect.signature(Objective).parameters.items()}
 
 
-def provenance(objective: Objective, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a result: the metric's own and the objective's."""
-    return {**settings, **objective.provenance(), "sharpness": __version__}
+def provenance(objective: Objective, settings: Mapping[str, Any], curvature: Curvature | None = None) -> dict[str, Any]:
+    """Return the settings of a result: the metric's own, the objective's, and how products were made."""
+    return {**settings, **objective.provenance(curvature), "sharpness": __version__}

@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import nn
 
-from sharpness._checks import check_choice, check_count, check_flag, check_positive
-from sharpness.errors import ConvergenceError
-from sharpness.linalg import dense, lanczos, power_iteration
+from sharpness._checks import check_choice, check_count, check_flag, check_positive, check_writable
+from sharpness.errors import ArgumentError, ConvergenceError
+from sharpness.linalg import LinearOperator, RecordedOperator, arpack, dense, lanczos, lobpcg, power_iteration
 from sharpness.linalg.answer import OnFailure, check_on_failure
-from sharpness.linalg.which import WHICH, Which
+from sharpness.linalg.lanczos import check_storage, lanczos_steps
+from sharpness.linalg.which import WHICH, Which, count
 from sharpness.metrics.door import open_objective, provenance
+from sharpness.metrics.memory import plan_basis, warn_of_memory
 from sharpness.metrics.pyhessian import pyhessian_eigenvalues
+from sharpness.metrics.sampling import check_sampling
+from sharpness.metrics.sampling import sample_interval as bracketed
 from sharpness.objective import Objective
-from sharpness.objective.losses import BatchLoss, LossFn
+from sharpness.objective.curvature import Curvature, CurvatureName
+from sharpness.objective.losses import BatchLoss
 from sharpness.objective.parameters import ParameterChoice
-from sharpness.operators import HessianOperator
+from sharpness.objective.reduction import LossFn
+from sharpness.operators import CurvatureOperator
 from sharpness.results import EigenResult
 
-METHODS = ("lanczos", "power", "dense", "pyhessian")
+Method: TypeAlias = Literal["lanczos", "power", "lobpcg", "arpack", "dense", "pyhessian"]
+METHODS = ("lanczos", "power", "lobpcg", "arpack", "dense", "pyhessian")
+ITERATIVE: dict[str, Callable[..., EigenResult]] = {
+    "lanczos": lanczos,
+    "power": power_iteration,
+    "lobpcg": lobpcg,
+    "arpack": arpack,
+}
 
 
 def top_eigenvalues(
@@ -33,10 +48,15 @@ def top_eigenvalues(
     k: int = 1,
     which: Which = "largest",
     tol: float = 1e-3,
-    method: Literal["lanczos", "power", "dense", "pyhessian"] = "lanczos",
-    curvature: Literal["hessian"] = "hessian",
+    method: Method = "lanczos",
+    curvature: CurvatureName = "hessian",
     num_matvecs: int | None = None,
     vectors: bool = False,
+    confirm: bool = False,
+    sample_interval: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    basis_dtype: torch.dtype | None = None,
+    basis_device: torch.device | str | None = None,
     batch_loss: BatchLoss | None = None,
     params: ParameterChoice | None = None,
     mode: str = "eval",
@@ -45,6 +65,8 @@ def top_eigenvalues(
     progress: bool | None = None,
     on_failure: OnFailure = "warn",
     memory: int | str = "auto",
+    microbatch_size: int | None = None,
+    precision: str = "exact",
 ) -> EigenResult:
     r"""Compute the top eigenvalues of the Hessian of a model's loss over a whole loader.
 
@@ -52,8 +74,9 @@ def top_eigenvalues(
     loader, with respect to the chosen parameters. *Top* means algebraically largest unless ``which`` says otherwise.
 
     What is certain: each ``interval`` contains an eigenvalue of this Hessian. What is overwhelmingly likely, but not
-    certain, with ``method="lanczos"`` and ``"power"``: that these are the first ``k``. Two eigenvalues closer to each
-    other than the tolerance may be seen as one; ``method="dense"`` misses nothing.
+    certain, with all methods but ``"dense"``: that these are the first ``k``. A repeated eigenvalue, or two closer to
+    each other than the tolerance, may be seen as one. ``confirm=True`` searches what is left from another random start,
+    adds what was missed, and says what it excludes; ``method="dense"`` misses nothing.
 
     The eigenvalues scale with the loss, and change when layers are rescaled although the function does not (Dinh et
     al. 2017): compare models at equal loss and similar weight norms.
@@ -66,11 +89,21 @@ def top_eigenvalues(
         which: ``"largest"`` (descending), ``"smallest"`` (ascending), ``"magnitude"`` (descending in magnitude) or
             ``"both"`` (``k`` from each end, descending).
         tol: A pair is accepted when its residual is at most ``tol * abs(eigenvalue)``.
-        method: ``"lanczos"``; ``"power"``, its slow ancestor; ``"dense"``, exact, for small models; ``"pyhessian"``,
-            what that package finds, with our residuals.
-        curvature: ``"hessian"``.
-        num_matvecs: Hessian-vector products that may be spent at most; ``None`` leaves it to the method.
+        method: ``"lanczos"``; ``"power"``, its slow ancestor; ``"lobpcg"`` and ``"arpack"``, those of SciPy;
+            ``"dense"``, exact, for small models; ``"pyhessian"``, what that package finds. All with our residuals.
+        curvature: ``"hessian"``; ``"ggn"``, the generalised Gauss-Newton matrix; ``"fisher"``; ``"empirical_fisher"``
+            (see `GGNOperator`, `FisherOperator`, `EmpiricalFisherOperator`).
+        num_matvecs: Products that may be spent at most; ``None`` leaves it to the method.
         vectors: Also return the eigenvectors.
+        confirm: Look for missed eigenvalues in the complement of what was found; Lanczos only. The result's
+            ``confirmation`` says what that cost and excluded.
+        sample_interval: With ``max_batches``, also bracket the first eigenvalue over *all* data, from the subset and as
+            many other batches (see `SampleInterval`).
+        checkpoint: A file that products are written to as they come. The same call continues a run that was killed and
+            ends in the same bits; a file that belongs to other data, weights or options is refused.
+        basis_dtype: Dtype that Lanczos keeps its basis in, such as ``torch.bfloat16``; what is reported is then checked
+            by fresh products in full precision.
+        basis_device: Where Lanczos keeps its basis, such as ``"cpu"`` beside a model on a GPU.
         batch_loss: ``callable(model, batch) -> (loss, weight)`` in place of ``loss_fn``.
         params: Names, globs, a compiled regular expression, or a predicate that choose parameters.
         mode: ``"eval"``, ``"train"`` or ``"as_is"``.
@@ -78,7 +111,10 @@ def top_eigenvalues(
         seed: Same call, same bits; the global random state is left alone.
         progress: Show a progress bar; ``None`` shows one on a terminal after two seconds.
         on_failure: ``"warn"``, ``"raise"`` or ``"ignore"`` when the tolerance is not met.
-        memory: Bytes (or ``"2GiB"``) that may be kept between products; ``0`` keeps nothing.
+        memory: Bytes (or ``"2GiB"``) that may be kept between products: data, first-order graphs, and the basis of
+            Lanczos, which restarts when its share is full; ``0`` keeps no more than the least that works.
+        microbatch_size: Cut each batch into pieces of at most so many samples, which bounds the memory of a product.
+        precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
 
     Returns:
         Eigenvalues with residuals and intervals, converged or not, and what they cost.
@@ -92,7 +128,8 @@ def top_eigenvalues(
 
     Cost: one pass over the data per product, about 10 products for ``k=1`` and 20 for ``k=5`` on trained networks, and
     in single precision one float64 product on the first samples, to measure rounding; memory for one vector per
-    product and, where all batches fit into ``memory``, the first-order graphs of as many of them as fit beside.
+    product and, where all batches fit into ``memory``, the first-order graphs of as many of them as fit beside. A
+    warning says so beforehand where the memory will hardly do, and what would fit.
 
     References:
         Lanczos (1950); Pearlmutter (1994), Fast exact multiplication by the Hessian; Parlett (1998), ch. 13.
@@ -106,11 +143,16 @@ def top_eigenvalues(
     """
     check_choice("which", which, WHICH)
     check_choice("method", method, METHODS)
-    check_choice("curvature", curvature, ("hessian",))
+    kind = Curvature(curvature)
     tol = check_positive("tol", tol)
-    check_flag("vectors", vectors)
+    for name, flag in (("vectors", vectors), ("confirm", confirm), ("sample_interval", sample_interval)):
+        check_flag(name, flag)
     check_on_failure(on_failure)
+    checkpoint = None if checkpoint is None else check_writable("checkpoint", checkpoint)
     num_matvecs = None if num_matvecs is None else check_count("num_matvecs", num_matvecs)
+    for name, given in (("confirm", confirm), ("basis_dtype", basis_dtype), ("basis_device", basis_device)):
+        if given and method != "lanczos":
+            raise ArgumentError(f'`{name}` is for method="lanczos", got method={method!r}. Leave one of the two out.')
     options = {
         "batch_loss": batch_loss,
         "params": params,
@@ -119,41 +161,83 @@ def top_eigenvalues(
         "seed": seed,
         "progress": progress,
         "memory": memory,
+        "microbatch_size": microbatch_size,
+        "precision": precision,
     }
     objective = open_objective(model, loader, loss_fn, options)
     k = check_count("k", k, high=objective.n, of="the number of parameters")
+    objective.require(kind)
+    if sample_interval:
+        check_sampling(objective, which)
+    if method == "pyhessian" and (checkpoint is not None or kind.name != "hessian"):
+        raise ArgumentError(
+            'method="pyhessian" makes its products itself, those of the Hessian: `checkpoint` and `curvature` are not '
+            'for it. Leave them out, or use method="lanczos".'
+        )
 
     started, passes = time.perf_counter(), objective.num_passes
-    wanted: dict[str, Any] = {
+    asked: dict[str, Any] = {
         "k": k,
         "which": which,
         "tol": tol,
         "num_matvecs": num_matvecs,
-        "vectors": vectors,
+        "vectors": vectors or sample_interval,
         "on_failure": on_failure,
     }
+    plan = None
+    if method == "lanczos":
+        check_storage(objective, count(which, k, objective.n), None, basis_dtype, basis_device)
+        plan = plan_basis(
+            objective,
+            count(which, k, objective.n),
+            num_matvecs=num_matvecs,
+            basis_dtype=basis_dtype,
+            basis_device=basis_device,
+            resumable=checkpoint is not None,
+        )
+        asked |= {"confirm": confirm, "memory": plan.memory, "basis_dtype": basis_dtype, "basis_device": basis_device}
 
     def completed(result: EigenResult) -> EigenResult:
+        bracket = None
+        if sample_interval and result.eigenvectors is not None and result.converged:
+            bracket = bracketed(objective, kind, which, result)
+        elif not sample_interval:  # a subset that is drawn at random is meant to be another one each time
+            objective.check()
         return dataclasses.replace(
             result,
+            eigenvectors=result.eigenvectors if vectors else None,
             num_passes=objective.num_passes - passes,
             seconds=time.perf_counter() - started,
             layout=objective.parameters.layout,
-            settings=provenance(objective, {**result.settings, "curvature": curvature}),
+            sample_interval=bracket,
+            settings=provenance(objective, {**result.settings, "curvature": curvature}, kind),
         )
 
     with objective.session():
-        operator = HessianOperator(objective)
+        operator: LinearOperator = CurvatureOperator(
+            objective, kind, before=lambda: warn_of_memory(objective, kind, plan, basis_device)
+        )
+        if method == "lanczos":
+            lanczos_steps(
+                operator, seed=objective.seed, **asked
+            )  # not run: refuses what it must before data are walked
+        if checkpoint is not None:
+            own = {name: value for name, value in asked.items() if name not in ("on_failure", "memory")}
+            identity = {**objective.fingerprint(), "curvature": curvature, "method": method, **_plain(own)}
+            operator = RecordedOperator(operator, checkpoint, identity)
         try:
             if method == "pyhessian":
-                result = pyhessian_eigenvalues(objective, **wanted)
+                result = pyhessian_eigenvalues(objective, **asked)
             elif method == "dense":
-                result = dense(operator, memory=objective.memory, **wanted)
+                result = dense(operator, memory=objective.memory, **asked)
             else:
-                algorithm = lanczos if method == "lanczos" else power_iteration
-                result = algorithm(operator, seed=objective.seed, progress=objective.progress, **wanted)
+                result = ITERATIVE[method](operator, seed=objective.seed, progress=objective.progress, **asked)
         except ConvergenceError as error:
-            objective.check()
             raise ConvergenceError(str(error), completed(error.result)) from None
-        objective.check()
-    return completed(result)
+        return completed(result)
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as JSON knows them."""
+    known = (str, int, float, bool, type(None))
+    return {name: value if isinstance(value, known) else str(value) for name, value in options.items()}

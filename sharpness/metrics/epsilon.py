@@ -18,8 +18,10 @@ from sharpness.errors import ConvergenceError, ConvergenceWarning, ModelError
 from sharpness.linalg.answer import OnFailure, check_on_failure
 from sharpness.metrics.door import open_objective, provenance
 from sharpness.objective import Objective
-from sharpness.objective.losses import BatchLoss, LossFn
+from sharpness.objective.guard import derived_seed
+from sharpness.objective.losses import BatchLoss
 from sharpness.objective.parameters import ParameterChoice
+from sharpness.objective.reduction import LossFn
 from sharpness.results import EpsilonSharpnessResult
 
 # The first step reaches the side of the box in every coordinate whose share in the slope is above this.
@@ -43,6 +45,8 @@ def epsilon_sharpness(
     progress: bool | None = None,
     on_failure: OnFailure = "warn",
     memory: int | str = "auto",
+    microbatch_size: int | None = None,
+    precision: str = "exact",
 ) -> EpsilonSharpnessResult:
     r"""Compute the epsilon-sharpness of Keskar et al. (2017): how far the loss can rise in a small box.
 
@@ -76,6 +80,8 @@ def epsilon_sharpness(
         progress: Show a progress bar; ``None`` shows one on a terminal after two seconds.
         on_failure: What to do if no start found a loss above the model's own: ``"warn"``, ``"raise"`` or ``"ignore"``.
         memory: Bytes (or ``"2GiB"``) of batches that may be kept between evaluations.
+        microbatch_size: Cut each batch into pieces of at most so many samples.
+        precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
 
     Returns:
         The percentage, the two losses, and what each start reached.
@@ -114,6 +120,8 @@ def epsilon_sharpness(
         "seed": seed,
         "progress": progress,
         "memory": memory,
+        "microbatch_size": microbatch_size,
+        "precision": precision,
     }
     objective = open_objective(model, loader, loss_fn, options)
 
@@ -176,7 +184,8 @@ class _Search:
 
         A climb that ends in a corner early leaves its remaining iterations to another one from a new random point.
         """
-        generator = torch.Generator().manual_seed(_stream(self.objective.seed, i))
+        # The same however many starts there are.
+        generator = torch.Generator().manual_seed(derived_seed(self.objective.seed, i))
         spent, best, climbs, left, message = self.num_evaluations, -np.inf, 0, max_iter, ""
         while left > 0:
             start = 2 * torch.rand(len(self.center), generator=generator, dtype=torch.float64, device="cpu") - 1
@@ -219,8 +228,3 @@ class _Search:
         self.num_evaluations += 1
         loss, gradient = self.objective.value_and_gradient(self.center + self.half_width * z)
         return loss, gradient.double().cpu() * self.half_width
-
-
-def _stream(seed: int, i: int) -> int:
-    """Return the seed of start ``i``, so that it is the same however many starts there are."""
-    return int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0] >> 1)

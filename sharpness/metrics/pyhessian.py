@@ -43,6 +43,8 @@ def pyhessian_eigenvalues(
         )
     if objective.mode != "eval":
         raise ArgumentError(f'method="pyhessian" measures in eval mode only, got mode={objective.mode!r}.')
+    if objective.precision != "exact":
+        raise ArgumentError(f'method="pyhessian" knows no precision={objective.precision!r}. Use method="lanczos".')
     check_count("k", k, high=objective.n, of="the number of parameters")
     if num_matvecs is not None:
         check_count("num_matvecs", num_matvecs, low=2 * k)
@@ -60,7 +62,7 @@ def pyhessian_eigenvalues(
             )
         found, rows = _run(objective, batches, criterion, k, steps, tol)
         spent = batches.walks + k
-        objective.num_passes += batches.walks
+        objective.passes.count += batches.walks
         pairs = []
         for value, row in zip(found, rows, strict=True):
             unit = row / norm(row)
@@ -101,6 +103,8 @@ def _run(
         model = copy.deepcopy(objective.model)
     except Exception as error:
         raise ModelError(f"the model cannot be copied for PyHessian: {error}") from error
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        model.to(objective.dtype)  # half precision is measured in single precision
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in objective.parameters.names)
     reseed(objective.seed)

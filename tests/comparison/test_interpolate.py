@@ -105,3 +105,16 @@ def test_bad_input():
         sharpness.interpolate(Quadratic(H, A), wide, [ROWS], batch_loss=lambda m, x: (m(x), 1))
     with pytest.raises(ArgumentError, match="`model_b` must be a torch.nn.Module"):
         sharpness.interpolate(Quadratic(H, A), 3, [ROWS], batch_loss=lambda m, x: (m(x), 1))
+
+
+@pytest.mark.parametrize("batch_norm", ["recompute", "interpolate", "keep"])
+def test_models_in_half_precision_are_walked_in_single(batch_norm):
+    def net(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+    loader = [(x.float(), y) for x, y in batches(features(3), torch.arange(11) % 3)]
+    a, b = net(0), net(1)
+    single = sharpness.interpolate(a, b, loader, alphas=[0, 0.5, 1], batch_norm=batch_norm)
+    half = sharpness.interpolate(a.bfloat16(), b.bfloat16(), loader, alphas=[0, 0.5, 1], batch_norm=batch_norm)
+    torch.testing.assert_close(half.train_loss, single.train_loss, rtol=0.05, atol=0)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import sharpness
-from sharpness.linalg import FunctionOperator, dense, lanczos, power_iteration
+from sharpness.errors import ArgumentError
+from sharpness.linalg import FunctionOperator, arpack, dense, lanczos, lobpcg, power_iteration
 from tests.zoo import rotated, spectra, tanh_net
 
 
@@ -32,6 +33,27 @@ def test_spent_is_reported_and_within_the_budget(name, method):
         assert budget is None or counting.count <= budget
         if method is lanczos:
             assert counting.count <= len(matrix)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"memory": 0}, {"confirm": True}, {"basis_dtype": torch.float16}, {"method": lobpcg}, {"method": arpack}],
+)
+@pytest.mark.parametrize("name", spectra())
+def test_every_option_and_method_keeps_the_budget_or_refuses_it_unspent(name, options):
+    matrix = rotated(spectra()[name])
+    method, options = options.get("method", lanczos), {o: v for o, v in options.items() if o != "method"}
+    k = min(2, len(matrix))
+    for budget in (None, k, k + 1, 7 * k, 20 * k):
+        counting = Counting(matrix)
+        try:
+            result = method(counting.operator, k, num_matvecs=budget, on_failure="ignore", **options)
+        except ArgumentError:
+            assert counting.count == 0
+            assert method is not lanczos or "basis_dtype" in options
+            continue
+        assert result.num_matvecs == counting.count
+        assert budget is None or counting.count <= budget
 
 
 def test_dense_spends_one_product_per_dimension():

@@ -22,6 +22,10 @@ MAKERS = {
     "Comparison": lambda: sharpness.compare({"a": MODEL, "b": tanh_net(1).model}, LOADER, test_loader=LOADER),
     "InterpolationResult": lambda: sharpness.interpolate(MODEL, tanh_net(1).model, LOADER, alphas=[0.0, 1.0]),
     "ComparisonRow": lambda: sharpness.compare({"a": MODEL}, LOADER).rows[0],
+    "LayerwiseResult": lambda: sharpness.per_layer("top_eigenvalues", MODEL, LOADER),
+    "SampleInterval": lambda: (
+        sharpness.top_eigenvalues(MODEL, [*LOADER, *LOADER], max_batches=3, sample_interval=True).sample_interval
+    ),
     "Spread": lambda: Spread.of([1.0, float("nan"), float("inf")]),
 }
 
