@@ -11,8 +11,13 @@ NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
 def blocks(page):
-    """The code blocks of a page, each with the text block right after it: what it prints, to the letter."""
-    found = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", page.read_text(), re.M | re.S)
+    """The code blocks of a page, each with the text block right after it: what it prints, to the letter.
+
+    Those marked ``code-cell`` run when the documentation is built too, and what they print is put there then.
+    """
+    found = re.findall(
+        r"^```(?:python|{code-cell} python)\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", page.read_text(), re.M | re.S
+    )
     return [(code, printed) for code, printed in found]
 
 
