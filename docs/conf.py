@@ -1,5 +1,6 @@
 """Sphinx configuration. Build with ``sphinx-build -W -n --keep-going docs docs/_build``; it needs no network."""
 
+import os
 import re
 from pathlib import Path
 
@@ -23,18 +24,35 @@ html_show_copyright = False
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
-# The notebook is executed at each build, and an error in it fails the build. Progress bars go to stderr.
+# Notebooks, and the pages that are notebooks in Markdown, are executed at each build, and an error in one fails the
+# build. Progress bars go to stderr.
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_output_stderr = "remove"
+nb_merge_streams = True
+nb_render_markdown_format = "gfm"  # tables that a cell makes
+# The pages import the example modules.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent / "examples"), os.environ.get("PYTHONPATH")]))
 
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_type_aliases = {
     name: name
-    for name in ("BatchLoss", "LossFn", "Metric", "OnFailure", "OptimizerFactory", "ParameterChoice", "Which")
+    for name in (
+        "BatchLoss",
+        "CurvatureName",
+        "Grouping",
+        "LossFn",
+        "Method",
+        "Metric",
+        "OnFailure",
+        "OptimizerFactory",
+        "ParameterChoice",
+        "TargetSampler",
+        "Which",
+    )
 }
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
