@@ -187,3 +187,33 @@ def test_the_bound_is_sharper_than_the_one_for_the_worst_spectrum():
     eps = (np.log(1.648 * np.sqrt(n) / risk) / (2 * steps - 1)) ** 2
     theirs = theta.max() / (1 - eps)  # with the smallest eigenvalue known to be 0
     assert 1.0 <= ours < theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_rounded_basis_and_a_short_budget_certify_nothing_that_is_not_so(dtype):
+    """What the products left cannot check is not reported from the basis alone."""
+    sure = 0
+    for seed in range(60):
+        g = torch.Generator().manual_seed(seed)
+        spectrum = torch.randn(40, generator=g, dtype=torch.float64).sort().values
+        spectrum[-3:] = spectrum[-1]
+        matrix = rotated(spectrum, seed).float()
+        budget = (45, 60)[seed % 2]
+        result = lanczos(
+            DenseOperator(matrix),
+            4,
+            which="both",
+            confirm=True,
+            num_matvecs=budget,
+            basis_dtype=dtype,
+            vectors=True,
+            tol=1e-2,
+            seed=seed,
+            on_failure="ignore",
+        )
+        v = result.eigenvectors.double()
+        true = torch.linalg.vector_norm(v @ matrix.double() - result.eigenvalues[:, None] * v, dim=1)
+        assert (true <= result.residuals + 1e-5 * spectrum.abs().max()).all()
+        assert result.num_matvecs <= budget
+        sure += result.converged
+    assert sure > 0
