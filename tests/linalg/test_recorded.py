@@ -102,9 +102,9 @@ def test_a_last_record_cut_at_any_byte_is_dropped(name, tmp_path):
 
 SCRIPT = """
 import sys, time, torch
+torch.set_num_threads(int(sys.argv[3]))  # before the matrix is made
 from sharpness.linalg import FunctionOperator, RecordedOperator
 from tests.linalg.test_recorded import MATRIX, N, PRINT, RUNS
-torch.set_num_threads(int(sys.argv[3]))
 def slow(v):
     time.sleep(0.02)
     return MATRIX @ v
