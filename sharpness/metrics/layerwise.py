@@ -151,8 +151,11 @@ def _one_by_one(
     """Run a method on one block after the other."""
     curvature = Curvature(options.get("curvature", "hessian"))
     objective.require(curvature)
-    given = {name: value for name, value in options.items() if name not in ("method", "curvature", "k")}
+    given = {name: options[name] for name in ("which", "tol", "num_matvecs", "vectors") if name in options}
     k, method = check_count("k", options.get("k", 1)), options["method"]
+    for name in ("confirm", "basis_dtype", "basis_device"):
+        if options.get(name):
+            raise ArgumentError(f'`{name}` is for method="lanczos", got method={method!r}. Leave one of the two out.')
     found = {}
     with objective.session():
         for layer, block in groups.items():

@@ -210,6 +210,8 @@ def test_what_cannot_be_accepted():
         ask(by={"head": "heads.*"})
     with pytest.raises(ArgumentError, match="`by` names '1' twice"):
         ask(by={1: "core.first.*", "1": "core.last.*"})
+    with pytest.raises(ArgumentError, match="`confirm` is for method=\"lanczos\", got method='power'"):
+        ask(method="power", confirm=True)
     with pytest.raises(ArgumentError, match="`by` left out every parameter"):
         ask(by=lambda name: None)
     with pytest.raises(ArgumentError, match="`checkpoint` and `sample_interval` are for the whole model"):
