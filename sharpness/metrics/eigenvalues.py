@@ -153,18 +153,7 @@ def top_eigenvalues(
     for name, given in (("confirm", confirm), ("basis_dtype", basis_dtype), ("basis_device", basis_device)):
         if given and method != "lanczos":
             raise ArgumentError(f'`{name}` is for method="lanczos", got method={method!r}. Leave one of the two out.')
-    options = {
-        "batch_loss": batch_loss,
-        "params": params,
-        "mode": mode,
-        "max_batches": max_batches,
-        "seed": seed,
-        "progress": progress,
-        "memory": memory,
-        "microbatch_size": microbatch_size,
-        "precision": precision,
-    }
-    objective = open_objective(model, loader, loss_fn, options)
+    objective = open_objective(model, loader, loss_fn, locals())
     k = check_count("k", k, high=objective.n, of="the number of parameters")
     objective.require(kind)
     if sample_interval:
