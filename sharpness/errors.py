@@ -6,6 +6,7 @@
       ArgumentError      (ValueError)       an argument that cannot be accepted
       ModelError         (ValueError)       a model or loss that cannot be differentiated as asked
       DataError          (ValueError)       a loader or batch that cannot be used
+        NoTermsError                        of which nothing counts
       NonFiniteError     (ArithmeticError)  NaN or infinity met; names the batch
       ConvergenceError   (RuntimeError)     carries ``.result``, the best answer so far
     SharpnessWarning     (UserWarning)
@@ -37,6 +38,10 @@ class ModelError(SharpnessError, ValueError):
 
 class DataError(SharpnessError, ValueError):
     """A loader or batch that cannot be used."""
+
+
+class NoTermsError(DataError):
+    """Data of which nothing counts: every target is ignored, or has the weight zero."""
 
 
 class NonFiniteError(SharpnessError, ArithmeticError):

@@ -35,8 +35,9 @@ def evaluate(
     """Return loss and accuracy at the leaves. Not under ``no_grad``: a forward pass may take derivatives of its own."""
     total = weight = correct = counted = 0.0
     classes = True
-    for _, terms in passes.terms(leaves, draw=draw, tensors=tensors):
-        total, weight = total + terms.total.item(), weight + terms.weight
+    for _, terms in passes.terms(leaves, draw=draw, tensors=tensors, weightless=True):
+        if terms.weight:
+            total, weight = total + terms.total.item(), weight + terms.weight
         if terms.correct is None or terms.counted is None:
             classes = False
         else:

@@ -88,16 +88,31 @@ class Criterion:
         self._inferred: str | None = None
         self.name = "not resolved yet"
         self.function: LossFn | None = loss_fn  # (outputs, targets) -> loss, where the loss has this form
+        self._normalised = False
 
     @property
     def hides_outputs(self) -> bool:
         """Return whether only the user's ``batch_loss`` knows what the model's outputs are."""
         return self._batch_loss is not None
 
+    @property
+    def label(self) -> str:
+        """Return the loss in words, and what is done before it."""
+        return self.name + ", normalised logits" * self._normalised
+
     def tensors(self) -> list[Tensor]:
         """Return the tensors that the user's criterion holds, such as class weights."""
         _, options = criterion_of(self._loss_fn)
         return [value for value in options.values() if isinstance(value, Tensor)]
+
+    def adopt(self, other: Criterion) -> None:
+        """Take over what was found out about the same loss."""
+        self._reduction, self._inferred, self._normalised = other._reduction, other._inferred, other._normalised
+        self.name, self.function = other.name, other.function
+
+    def normalise(self) -> None:
+        """Centre the logits of each sample, and scale them to unit length, before the loss."""
+        self._normalised = True
 
     def __call__(self, model: nn.Module, batch: Any) -> Terms:
         """Return the contribution of ``batch``."""
@@ -109,6 +124,11 @@ class Criterion:
         outputs = model(*inputs, **named)
         if self._loss_fn is None:
             own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+            if isinstance(own, Tensor) and self._normalised:
+                raise ArgumentError(
+                    "`normalize_logits` acts before the loss, and this model computes its own. Pass loss_fn, with a "
+                    "model or batches that make it return logits alone."
+                )
             if isinstance(own, Tensor):
                 self._settle({"the model's own loss": None}, outputs, targets)
                 weight = _labels(targets, outputs)
@@ -124,6 +144,8 @@ class Criterion:
         if isinstance(predictions, Tensor):
             targets = map_tensors(lambda t: t.to(predictions.device), targets)
         loss_fn, predictions = (self._loss_fn, predictions) if self._loss_fn else self._infer(predictions, targets)
+        if self._normalised:
+            predictions = _normalised(loss_fn, predictions, targets)
         loss, weight = _measured(loss_fn, predictions, targets)
         if self._reduction is None:
             self._reduction = find_reduction(loss_fn, predictions, targets)
@@ -140,7 +162,7 @@ class Criterion:
         return Terms(
             loss if summed else loss * weight,
             weight,
-            *_accuracy(predictions, targets),
+            *_accuracy(loss_fn, predictions, targets),
             outputs=predictions,
             targets=targets,
             loss_fn=loss_fn,
@@ -312,6 +334,28 @@ def _apart(outputs: Any) -> Any:
     return outputs if isinstance(outputs, Tensor) else map_tensors(lambda t: t.view_as(t), outputs)
 
 
+def _normalised(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
+    """Return logits with mean zero and length one over the classes (Andriushchenko et al. 2023)."""
+    kind, _ = criterion_of(loss_fn)
+    probabilities = kind in (nn.CrossEntropyLoss, functional.cross_entropy) and _same_shape(outputs, targets)
+    if not probabilities and _accuracy(loss_fn, outputs, targets)[0] is None:
+        raise ArgumentError(
+            f"`normalize_logits` needs one tensor of logits and class labels, got outputs {describe(outputs)} and "
+            f"targets {describe(targets)}. Leave it out, or pass a loss_fn that normalises."
+        )
+    dim = 1 if outputs.ndim > 1 else 0
+    centred: Tensor = outputs - outputs.mean(dim=dim, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(centred, dim=dim, keepdim=True)
+    logits = centred / length.clamp(min=1e-10)
+    # Log-probabilities are logits but for a constant, and must be log-probabilities again.
+    return functional.log_softmax(logits, dim=dim) if kind in (nn.NLLLoss, functional.nll_loss) else logits
+
+
+def _same_shape(outputs: Any, targets: Any) -> bool:
+    both = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
+    return both and targets.is_floating_point() and outputs.shape == targets.shape
+
+
 def _labels(targets: Any, outputs: Any) -> float:
     """Return how many labels a Hugging Face loss averages over; those of -100 are ignored.
 
@@ -333,13 +377,14 @@ def _cross_entropy_last(outputs: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(outputs.movedim(-1, 1), targets.long())
 
 
-def _accuracy(outputs: Any, targets: Any) -> tuple[float | None, float | None]:
+def _accuracy(loss_fn: LossFn, outputs: Any, targets: Any) -> tuple[float | None, float | None]:
     """Return how many targets are classified correctly, of how many; ``None`` where there are no classes."""
     if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
         return None, None
     integers = not targets.is_floating_point() and targets.dtype != torch.bool
     if not integers or outputs.ndim != targets.ndim + 1 or outputs.shape[:1] + outputs.shape[2:] != targets.shape:
         return None, None
-    counted = targets >= 0
+    _, options = criterion_of(loss_fn)
+    counted = (targets >= 0) & (targets != options.get("ignore_index", -100))
     hits = (outputs.argmax(dim=1) == targets) & counted
     return float(hits.sum().item()), float(counted.sum().item())

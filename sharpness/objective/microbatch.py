@@ -15,7 +15,7 @@ from sharpness.objective.guard import reseed
 _SLACK = 1e-4  # relative change of the loss that rounding may make
 
 
-def check_no_batch_statistics(model: nn.Module, mode: str) -> None:
+def check_no_batch_statistics(model: nn.Module, mode: str, option: str = "microbatch_size") -> None:
     """Refuse to cut batches whose statistics the model uses.
 
     Raises:
@@ -27,7 +27,7 @@ def check_no_batch_statistics(model: nn.Module, mode: str) -> None:
         training = module.training if mode == "as_is" else mode == "train"
         if training or module.running_mean is None:
             raise ArgumentError(
-                f"`microbatch_size` would change the loss: {name!r} ({type(module).__name__}) normalises by the "
+                f"`{option}` would change the loss: {name!r} ({type(module).__name__}) normalises by the "
                 'statistics of the batch in this mode. Use mode="eval", or a loader with smaller batches.'
             )
 
@@ -54,11 +54,17 @@ def check_pieces(functional: Functional, batches: Batches, seed: int) -> None:
         ) from error
     count = sum(part[1] for part in parts)
     found, whole = sum(part[0] for part in parts) / (count or 1.0), total / (weight or 1.0)
-    if abs(found - whole) > _SLACK * max(abs(whole), 1e-3):
-        raise ArgumentError(
-            f"`microbatch_size` changes the loss of a batch from {whole:.6g} to {found:.6g}: its samples see "
-            "each other, or chance has a part in it. Leave it out, and use a loader with smaller batches."
-        )
+    if adds_up(found, whole):
+        return
+    raise ArgumentError(
+        f"`microbatch_size` changes the loss of a batch from {whole:.6g} to {found:.6g}: its samples see "
+        "each other, or chance has a part in it. Leave it out, and use a loader with smaller batches."
+    )
+
+
+def adds_up(found: float, whole: float) -> bool:
+    """Return whether a loss put together from pieces is that of the whole."""
+    return abs(found - whole) <= _SLACK * max(abs(whole), 1e-3)
 
 
 def _total(functional: Functional, batch: Any, seed: int) -> tuple[float, float]:

@@ -60,12 +60,11 @@ class Objective:
         params: Names, globs, a compiled regular expression, or a predicate ``(name, tensor) -> bool`` that choose
             among the parameters that require grad.
         mode: ``"eval"``, ``"train"`` or ``"as_is"``: which train/eval flags the model has while it is measured.
-        max_batches: Use only the first so many batches.
-        skip_batches: Leave out so many batches before those.
+        max_batches: Use only so many batches, the first ones after ``skip_batches`` that are left out.
+        skip_batches: See ``max_batches``.
         seed: Seed of everything random; the global generators are left alone.
         progress: Show progress bars; ``None`` shows them on a terminal after two seconds.
-        memory: Bytes (or ``"2GiB"``) that may be kept between products; ``0`` keeps nothing, ``"auto"`` up to half
-            of what is free.
+        memory: Bytes (or ``"2GiB"``) to keep between products; ``"auto"`` keeps up to half of what is free.
         microbatch_size: Cut each batch into pieces of at most so many samples. The loss stays what it is; that is
             checked on the first batch, and refused where batch statistics would change it.
         precision: ``"exact"`` switches off autocast and TensorFloat-32, whatever the settings around the call;
@@ -107,7 +106,7 @@ class Objective:
         microbatch_size: int | None = None,
         precision: str = "exact",
     ) -> None:
-        self._given = {name: value for name, value in locals().items() if name not in ("self", "model", "loader")}
+        self._given = {name: value for name, value in locals().items() if name not in ("self", "model")}
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         self.model = unwrap(model)
@@ -176,10 +175,7 @@ class Objective:
             self.release()
 
     def graph_size(self, curvature: Curvature = HESSIAN, *, unless: float = 0.0) -> GraphSize | None:
-        """Return how much memory the graph of a batch takes, told from the first samples of the first batch.
-
-        ``unless`` is the size of a batch, in bytes, that is not worth the look.
-        """
+        """Return the memory that the graph of the first batch takes; ``None`` if that has at most ``unless`` bytes."""
         with self.session():
             self.batches.settle(self.passes.room())
             sample = self.batches.sample
@@ -206,7 +202,9 @@ class Objective:
         return self._again(skip_batches=self.skip_batches + (self.max_batches or 0), memory=0)
 
     def _again(self, **changes: Any) -> Objective:
-        return Objective(self.model, self.batches.loader, **{**self._given, **changes})
+        other = Objective(self.model, **{**self._given, **changes})
+        other.criterion.adopt(self.criterion)
+        return other
 
     def vector(self) -> Tensor:  # -> (n,)
         """Return the parameters as they are now, as one new vector."""
@@ -221,7 +219,9 @@ class Objective:
             tensors: What to put in the places of parameters and buffers, by name; goes before ``at``.
         """
         with self.session():
-            return evaluate(self.passes, self._functional.leaves(at, differentiable=False), tensors=tensors)
+            found = evaluate(self.passes, self._functional.leaves(at, differentiable=False), tensors=tensors)
+        self._loss = found.loss if at is None and tensors is None else self._loss
+        return found
 
     def value(self, at: Tensor | None = None) -> float:
         """Return the loss at ``at``, ``(n,)``, or at the parameters as they are; one forward pass."""
@@ -352,7 +352,7 @@ class Objective:
         engine = None if curvature is None else self._engines.get(curvature)
         return {
             **({} if engine is None else engine.provenance()),
-            "loss": self.criterion.name,
+            "loss": self.criterion.label,
             "mode": self.mode,
             "seed": self.seed,
             "n": self.n,

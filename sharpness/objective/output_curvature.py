@@ -252,6 +252,14 @@ def _class_dim(terms: Terms) -> int | None:
     return 1 if f.shape[:1] + f.shape[2:] == y.shape else None
 
 
+def count_samples(terms: Terms) -> float:
+    """Return how many samples the terms are of: class labels by their weights, else rows of the outputs."""
+    if _class_dim(terms) is not None:
+        return terms.weight
+    rows = {out.shape[0] if out.ndim else 1 for out in tensors_in(terms.outputs)}
+    return float(min(rows))
+
+
 def _class_weights(terms: Terms, options: dict[str, Any]) -> Tensor:
     """Return the weight of each term, 0 where it is ignored, with a dimension for the classes."""
     f: Tensor = terms.outputs

@@ -8,7 +8,7 @@ from typing import final
 
 from torch import Tensor, nn
 
-from sharpness.errors import DataError, ModelError, NonFiniteError
+from sharpness.errors import ModelError, NonFiniteError, NoTermsError
 from sharpness.objective.data import Batches
 from sharpness.objective.functional import Functional
 from sharpness.objective.guard import reseed
@@ -52,6 +52,7 @@ class Passes:
         draw: int = 0,
         tensors: Mapping[str, Tensor] | None = None,
         skip: Mapping[int, float] | None = None,
+        weightless: bool = False,
     ) -> Iterator[tuple[int, Terms]]:
         """Walk the data once and yield the position and the terms of each batch that has any.
 
@@ -62,6 +63,7 @@ class Passes:
             draw: Which of the draws of everything random.
             tensors: What goes in other places, by name.
             skip: Batches that need not be evaluated, with their weights.
+            weightless: Also yield batches whose terms have no weight, and whose total means nothing.
         """
         self.count += 1
         self.batches.settle(self.room())
@@ -77,6 +79,9 @@ class Passes:
             reseed(self._seed, draw, i)
             terms = self._functional.terms(batch, places)
             if terms.weight == 0:
+                if weightless:
+                    yield i, terms
+                del terms
                 continue
             found += terms.weight
             _require_finite(i, terms)
@@ -85,7 +90,9 @@ class Passes:
             yield i, terms
             del terms  # the graph must not outlive its batch
         if found == 0:
-            raise DataError("the loader holds no loss term: every batch has weight 0. Check ignore_index and weights.")
+            raise NoTermsError(
+                "the loader holds no loss term: every batch has weight 0. Check ignore_index and weights."
+            )
         self.num_terms = found
 
     def room(self) -> Budget:

@@ -237,6 +237,24 @@ def test_batch_losses_that_return_something_else(answer, match):
         Objective(fixed(4), batches(X, CLASSES), batch_loss=answer).value()
 
 
+@pytest.mark.parametrize("size", [2, 5, 12])
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        nn.CrossEntropyLoss(ignore_index=0),
+        nn.CrossEntropyLoss(weight=torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)),
+    ],
+)
+def test_accuracy_is_that_of_the_targets_that_are_not_ignored_however_they_are_split(loss_fn, size):
+    y, order = (torch.arange(12) % 3).sort()  # batches of one class, which has no weight
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[order]
+    model = nn.Linear(4, 3).double()
+    counted = y != loss_fn.ignore_index
+    hits = (model(x).argmax(1) == y)[counted].double().mean().item()
+    found = Objective(model, list(zip(x.split(size), y.split(size), strict=True)), loss_fn).evaluate()
+    assert found.accuracy == pytest.approx(hits)
+
+
 def test_accuracy_counts_what_is_classified():
     model = fixed(4)
     expected = (model(X).argmax(1) == CLASSES).double().mean().item()
