@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.optimize import Bounds, minimize
 from torch import Tensor, nn
 
 from sharpness._checks import check_choice, check_count, check_positive
 from sharpness._progress import progress_bar
 from sharpness._warn import warn
-from sharpness.errors import ConvergenceError, ConvergenceWarning, ModelError
+from sharpness.errors import ArgumentError, ConvergenceError, ConvergenceWarning, ModelError
 from sharpness.linalg.answer import OnFailure, check_on_failure
+from sharpness.metrics.box import Box
+from sharpness.metrics.box_search import SOLVERS, ascend
 from sharpness.metrics.door import open_objective, provenance
+from sharpness.metrics.perturbation import perturbed, warn_of_rounding
+from sharpness.metrics.subspace import COLUMNS, Subspace, check_matrix, check_rows, given_subspace, random_subspace
 from sharpness.objective import Objective
 from sharpness.objective.guard import derived_seed
 from sharpness.objective.losses import BatchLoss
+from sharpness.objective.memory import Budget
 from sharpness.objective.parameters import ParameterChoice
 from sharpness.objective.reduction import LossFn
 from sharpness.results import EpsilonSharpnessResult
-
-# The first step reaches the side of the box in every coordinate whose share in the slope is above this.
-_NEGLIGIBLE_SHARE = 1e-6
 
 
 def epsilon_sharpness(
@@ -34,6 +37,10 @@ def epsilon_sharpness(
     loss_fn: LossFn | None = None,
     *,
     epsilon: float = 1e-3,
+    subspace_dim: int | None = None,
+    subspace: Tensor | None = None,
+    subspace_columns: str = "gaussian",
+    num_draws: int = 1,
     max_iter: int = 10,
     num_starts: int = 2,
     solver: str = "l-bfgs-b",
@@ -51,27 +58,43 @@ def epsilon_sharpness(
     r"""Compute the epsilon-sharpness of Keskar et al. (2017): how far the loss can rise in a small box.
 
     .. math::
-        \phi = 100 \, \frac{\max_{y \in C_\epsilon} f(x + y) - f(x)}{1 + f(x)}, \qquad
-        C_\epsilon = \{ y : |y_i| \le \epsilon (|x_i| + 1) \}
+        \phi = 100 \, \frac{\max_{y \in C_\epsilon} f(x + A y) - f(x)}{1 + f(x)}, \qquad
+        C_\epsilon = \{ y : |y_i| \le \epsilon (|(A^+ x)_i| + 1) \}
 
-    in percent, with the loss ``f`` over the *whole* loader and exact gradients. The maximum is sought by L-BFGS-B with
-    ``max_iter`` iterations from each of ``num_starts`` points drawn uniformly in the box (a start at ``y = 0`` would
-    stay there at an exact minimum); iterations left over by a climb that ended in a corner go to another point. The
-    largest loss evaluated anywhere is kept, so the value is a *lower bound* of the maximum; for a convex quadratic the
-    maximum itself sits at a corner and is a hard combinatorial problem.
+    in percent, with the loss ``f`` over the *whole* loader and exact gradients. ``A`` is the identity, the full space,
+    unless ``subspace_dim`` or ``subspace`` says otherwise. The maximum is sought with exactly ``max_iter`` iterations
+    from each of ``num_starts`` points drawn uniformly in the box (a start at ``y = 0`` would stay there at an exact
+    minimum); iterations left over by a climb that ended in a corner go to another point. The largest loss evaluated
+    anywhere is kept, so the value is a *lower bound* of the maximum; for a convex quadratic the maximum itself sits at
+    a corner and is a hard combinatorial problem.
 
     Use it to compare models at equal loss on the same data. It is not the largest eigenvalue in disguise: at a
-    minimum with diagonal Hessian it grows with the *sum* of the eigenvalues. It changes when layers are rescaled, and
-    tenfold with the BatchNorm mode: ``mode="train"`` uses batch statistics as the authors' code does.
+    minimum with diagonal Hessian it grows with the *sum* of the eigenvalues. The BatchNorm mode may change it
+    several-fold: ``mode="train"`` uses batch statistics as the authors' code does. Where the loss rises by little more
+    than its rounding, a `PrecisionWarning` says so.
+
+    Invariant to: nothing; it changes when layers or neurons are rescaled, with the scale of weights before a
+    normalisation, and through ``1 + f`` with the scale of the loss.
+
+    With ``subspace_dim=p`` the columns of ``A`` are random, with independent N(0, 1) entries that are *not*
+    normalised, as the paper's values ask for: with columns of length 1 they would be smaller by a factor of the order
+    of the number of parameters. ``A`` is drawn tile by tile from seeds, on the CPU, and held only while it fits in
+    ``memory`` (half of what is free with ``"auto"``); the answer is the same bits either way.
 
     Args:
         model: The trained model, or an `Objective` that replaces ``model, loader, loss_fn`` and the common options.
         loader: Any re-iterable of batches.
         loss_fn: A criterion ``(outputs, targets) -> scalar``, or ``None`` to infer it (see `Objective`).
         epsilon: Size of the box; the paper uses 1e-3 and 5e-4.
+        subspace_dim: Number of random directions to search in; the paper uses 100. ``None`` is the full space.
+        subspace: Your own matrix ``A``, ``(n, p)``, of full column rank, in place of a random one.
+        subspace_columns: ``"gaussian"``, or ``"orthonormal"`` for an orthonormal basis of the same random subspace.
+        num_draws: Random subspaces; the value is their mean, with its standard error.
         max_iter: Iterations of the solver from each start; the paper uses 10.
         num_starts: Starting points.
-        solver: ``"l-bfgs-b"``.
+        solver: ``"l-bfgs-b"`` (SciPy, the paper's; float64 vectors on the CPU) or ``"projected-gradient"`` (steps to
+            the corner that the gradient points to, or part of the way; vectors in the model's dtype on its device,
+            for large models).
         batch_loss: ``callable(model, batch) -> (loss, weight)`` in place of ``loss_fn``.
         params: Names, globs, a compiled regular expression, or a predicate that choose parameters.
         mode: ``"eval"``, ``"train"`` or ``"as_is"``.
@@ -79,22 +102,24 @@ def epsilon_sharpness(
         seed: Same call, same bits; models with the same seed get the same starting points.
         progress: Show a progress bar; ``None`` shows one on a terminal after two seconds.
         on_failure: What to do if no start found a loss above the model's own: ``"warn"``, ``"raise"`` or ``"ignore"``.
-        memory: Bytes (or ``"2GiB"``) of batches that may be kept between evaluations.
+        memory: Bytes (or ``"2GiB"``) of batches, and of a random ``A``, that may be kept between evaluations.
         microbatch_size: Cut each batch into pieces of at most so many samples.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
 
     Returns:
-        The percentage, the two losses, and what each start reached.
+        The percentage, the two losses, and what each start of each draw reached.
 
     Raises:
-        ArgumentError: If an option cannot be accepted.
+        ArgumentError: If an option cannot be accepted, or two of them contradict each other.
         ModelError: If the loss is -1 or less, where ``1 + f`` has no meaning, or cannot be differentiated.
         DataError: If the loader or a batch cannot be used.
-        NonFiniteError: If the loss or gradient is NaN or infinite; names the batch.
+        NonFiniteError: If the loss or gradient is NaN or infinite; names the batch, and the perturbation.
         ConvergenceError: If no start rose above the model's own loss and ``on_failure="raise"``.
 
-    Cost: one gradient over the data per evaluation, of which there are between ``num_starts * max_iter`` and about
-    twice as many; about 25 float64 vectors for the solver.
+    Cost: one gradient over the data per evaluation; about 30 float64 vectors for L-BFGS-B in the full space, five in
+    the model's dtype for projected gradients. The latter evaluate ``max_iter`` times per start and once per climb;
+    L-BFGS-B mostly as often, and up to 20 times in an iteration whose line search fails. A random subspace adds
+    ``2 n p`` operations to each evaluation, and where ``A`` is not held the drawing of ``2 n p`` numbers.
 
     References:
         Keskar et al. (2017), arXiv 1609.04836, Metric 2.1; Byrd et al. (1995), doi:10.1137/0916069.
@@ -108,55 +133,62 @@ def epsilon_sharpness(
         1.0
     """
     epsilon = check_positive("epsilon", epsilon)
+    space = _checked_space(subspace_dim, subspace, subspace_columns, num_draws)
     max_iter = check_count("max_iter", max_iter)
     num_starts = check_count("num_starts", num_starts)
-    check_choice("solver", solver, ("l-bfgs-b",))
+    climb = SOLVERS[check_choice("solver", solver, SOLVERS)]
     check_on_failure(on_failure)
-    options = {
-        "batch_loss": batch_loss,
-        "params": params,
-        "mode": mode,
-        "max_batches": max_batches,
-        "seed": seed,
-        "progress": progress,
-        "memory": memory,
-        "microbatch_size": microbatch_size,
-        "precision": precision,
-    }
-    objective = open_objective(model, loader, loss_fn, options)
+    objective = open_objective(model, loader, loss_fn, locals())
+    if subspace_dim is not None:
+        check_count("subspace_dim", subspace_dim, high=objective.n, of="the number of parameters measured")
+    if subspace is not None:
+        check_rows(subspace, objective.n)
 
     started, passes = time.perf_counter(), objective.num_passes
-    with objective.session():
-        search = _Search(objective, epsilon)
-        loss = search.loss_at_zero
+    on_host = solver == "l-bfgs-b"
+    dtype, device = (torch.float64, torch.device("cpu")) if on_host else (objective.dtype, objective.device)
+    starts: list[dict[str, Any]] = []
+    highest: list[float] = []  # of each draw
+    with _room(objective, space["subspace_dim"] or 0) as keep, objective.session():
+        loss = objective.value()
         if loss <= -1:
             raise ModelError(
                 f"the loss is {loss:.6g}; epsilon-sharpness divides by 1 + loss, which must be positive. "
                 "Add a constant to the loss."
             )
-        starts = []
         with progress_bar(objective.progress, total=None, title="epsilon-sharpness", unit="evaluation") as bar:
-            for i in range(num_starts):
-                starts.append(search.ascend(i, max_iter, bar))
+            for draw in range(space["num_draws"]):
+                where = _subspace(objective, subspace, space, draw, keep)
+                box = Box(objective, epsilon, where, dtype, device)
+                for i in range(num_starts):
+                    generator = torch.Generator().manual_seed(derived_seed(objective.seed, i, draw))
+                    with perturbed(f"epsilon={epsilon:g}"):
+                        reached = ascend(box, climb, generator, max_iter, bar.update)
+                    starts.append({"draw": draw, **reached, "value": 100 * (reached["max_loss"] - loss) / (1 + loss)})
+                highest.append(max(start["max_loss"] for start in starts[-num_starts:]))
+                del where, box  # before the next matrix is drawn
         objective.check()
-        highest = max(start["max_loss"] for start in starts)
+        warn_of_rounding(objective, loss, max(highest))
+        values = tuple(100 * (max(one, loss) - loss) / (1 + loss) for one in highest)
         result = EpsilonSharpnessResult(
-            value=100 * (max(highest, loss) - loss) / (1 + loss),
+            value=statistics.fmean(values),
             loss=loss,
-            max_loss=max(highest, loss),
-            starts=tuple({**start, "value": 100 * (start["max_loss"] - loss) / (1 + loss)} for start in starts),
-            num_evaluations=search.num_evaluations,
+            max_loss=max(*highest, loss),
+            stderr=statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None,
+            draws=values if space["subspace"] == "random" else (),
+            starts=tuple(starts),
+            num_evaluations=1 + sum(start["evaluations"] for start in starts),
             num_passes=objective.num_passes - passes,
             seconds=time.perf_counter() - started,
             settings=provenance(
                 objective,
-                {"epsilon": epsilon, "max_iter": max_iter, "num_starts": num_starts, "solver": solver},
+                {"epsilon": epsilon, **space, "max_iter": max_iter, "num_starts": num_starts, "solver": solver},
             ),
         )
-    if highest <= loss and on_failure != "ignore":
+    if min(highest) <= loss and on_failure != "ignore":
         message = (
-            f"no loss above the model's own, {loss:.6g}, was found in the box: {len(starts)} starts reached "
-            f"{highest:.6g}. The loss may be constant there; else raise num_starts or max_iter."
+            f"no loss above the model's own, {loss:.6g}, was found in the box: {num_starts} starts reached "
+            f"{min(highest):.6g}. The loss may be constant there; else raise num_starts or max_iter."
         )
         if on_failure == "raise":
             raise ConvergenceError(message, result)
@@ -164,67 +196,60 @@ def epsilon_sharpness(
     return result
 
 
-class _Search:
-    """The loss in the box, as SciPy wants it: minus the loss, over the unit box, scaled.
-
-    The box is mapped to ``[-1, 1]^n`` and the loss divided by a small number, so that the first step of L-BFGS-B, which
-    follows the gradient at its own length, reaches the sides of the box instead of creeping from its start. For a
-    loss that is convex in the box each further step is one from corner to better corner.
-    """
-
-    def __init__(self, objective: Objective, epsilon: float) -> None:
-        self.objective = objective
-        self.num_evaluations = 1  # the model as it is
-        self.center = objective.vector().double().cpu()
-        self.half_width = epsilon * (self.center.abs() + 1)
-        self.loss_at_zero, _ = objective.value_and_gradient()
-
-    def ascend(self, i: int, max_iter: int, bar: Any) -> dict[str, Any]:
-        """Spend ``max_iter`` iterations from start ``i``; return what was reached.
-
-        A climb that ends in a corner early leaves its remaining iterations to another one from a new random point.
-        """
-        # The same however many starts there are.
-        generator = torch.Generator().manual_seed(derived_seed(self.objective.seed, i))
-        spent, best, climbs, left, message = self.num_evaluations, -np.inf, 0, max_iter, ""
-        while left > 0:
-            start = 2 * torch.rand(len(self.center), generator=generator, dtype=torch.float64, device="cpu") - 1
-            reached, iterations, message = self._climb(start, left, bar)
-            best, climbs, left = max(best, reached), climbs + 1, left - max(iterations, 1)
-        return {
-            "max_loss": best,
-            "iterations": max_iter - left,
-            "climbs": climbs,
-            "evaluations": self.num_evaluations - spent,
-            "message": message,
-        }
-
-    def _climb(self, start: Tensor, max_iter: int, bar: Any) -> tuple[float, int, str]:
-        """Run L-BFGS-B once; return the largest loss met, the iterations, and the solver's last word."""
-        best = -np.inf
-        first = self._loss_and_slope(start)
-        scale = _NEGLIGIBLE_SHARE * first[1].abs().mean().item() or 1.0
-
-        def function(z: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
-            nonlocal best
-            at_start = np.array_equal(z, start.numpy())
-            loss, slope = first if at_start else self._loss_and_slope(torch.from_numpy(z))
-            bar.update()
-            best = max(best, loss)
-            return (self.loss_at_zero - loss) / scale, (slope / -scale).numpy()
-
-        found = minimize(
-            function,
-            start.numpy(),
-            jac=True,
-            method="L-BFGS-B",
-            bounds=Bounds(-1.0, 1.0),
-            options={"maxiter": max_iter, "ftol": 0.0, "gtol": 0.0, "maxfun": 100 * max_iter},
+def _checked_space(p: Any, matrix: Any, columns: Any, num_draws: Any) -> dict[str, Any]:
+    """Return the settings that say where to search, checked against each other."""
+    num_draws = check_count("num_draws", num_draws)
+    check_choice("subspace_columns", columns, COLUMNS)
+    if matrix is not None:
+        check_matrix(matrix)
+    if p is not None:
+        p = check_count("subspace_dim", p)
+    if p is not None and matrix is not None:
+        raise ArgumentError(
+            "`subspace` and `subspace_dim` are both given, and each says where to search. Pass your own matrix as "
+            "subspace, or the number of random directions as subspace_dim."
         )
-        return best, int(found.nit), str(found.message)
+    if p is None and (num_draws > 1 or columns != "gaussian"):
+        option = f"num_draws={num_draws}" if num_draws > 1 else f"subspace_columns={columns!r}"
+        there = "the full space" if matrix is None else "a subspace of your own"
+        raise ArgumentError(
+            f"{option} is about random subspaces, and {there} is searched. Pass subspace_dim=100, say, or leave "
+            f"{option} out."
+        )
+    if matrix is not None:
+        return {"subspace": "given", "subspace_dim": matrix.shape[1], "subspace_columns": None, "num_draws": 1}
+    if p is not None:
+        return {"subspace": "random", "subspace_dim": p, "subspace_columns": columns, "num_draws": num_draws}
+    return {"subspace": "full", "subspace_dim": None, "subspace_columns": None, "num_draws": 1}
 
-    def _loss_and_slope(self, z: Tensor) -> tuple[float, Tensor]:
-        """Return the loss at the point ``z`` of the unit box and its derivative with respect to ``z``."""
-        self.num_evaluations += 1
-        loss, gradient = self.objective.value_and_gradient(self.center + self.half_width * z)
-        return loss, gradient.double().cpu() * self.half_width
+
+@contextmanager
+def _room(objective: Objective, p: int) -> Iterator[bool]:
+    """Set memory aside for ``p`` columns, of what batches may take; yield whether they fit."""
+    size = objective.n * p * objective.dtype.itemsize
+    fits = size <= Budget(objective.memory, objective.device).left
+    objective.reserve(size if fits else 0)
+    try:
+        yield fits
+    finally:
+        objective.reserve(0)
+
+
+def _subspace(
+    objective: Objective, matrix: Tensor | None, space: dict[str, Any], draw: int, keep: bool
+) -> Subspace | None:
+    """Return the subspace of a draw; ``None`` is the full space."""
+    if matrix is not None:
+        return given_subspace(matrix, objective.dtype, objective.device)
+    if space["subspace"] == "full":
+        return None
+    return random_subspace(
+        objective.n,
+        space["subspace_dim"],
+        seed=objective.seed,
+        draw=draw,
+        columns=space["subspace_columns"],
+        dtype=objective.dtype,
+        device=objective.device,
+        keep=keep,
+    )
