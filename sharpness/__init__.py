@@ -28,7 +28,18 @@ from sharpness.errors import (
     SharpnessWarning,
     StateWarning,
 )
-from sharpness.metrics import epsilon_sharpness, per_layer, top_eigenvalues
+from sharpness.metrics import (
+    average_case_sharpness,
+    epsilon_sharpness,
+    fisher_rao_norm,
+    low_pass_sharpness,
+    pac_bayes_sharpness,
+    per_layer,
+    relative_flatness,
+    report,
+    top_eigenvalues,
+    worst_case_sharpness,
+)
 from sharpness.objective import Evaluation, Objective
 from sharpness.operators import EmpiricalFisherOperator, FisherOperator, GGNOperator, HessianOperator
 from sharpness.results import (
@@ -38,7 +49,10 @@ from sharpness.results import (
     EpsilonSharpnessResult,
     InterpolationResult,
     LayerwiseResult,
+    PerturbationResult,
+    Report,
     SampleInterval,
+    ScalarResult,
     Spread,
 )
 
@@ -63,22 +77,32 @@ __all__ = [
     "ModelError",
     "NonFiniteError",
     "Objective",
+    "PerturbationResult",
     "PrecisionWarning",
+    "Report",
     "SampleInterval",
+    "ScalarResult",
     "SharpnessError",
     "SharpnessWarning",
     "Spread",
     "StateWarning",
     "__version__",
+    "average_case_sharpness",
     "compare",
     "compare_batch_sizes",
     "datasets",
     "epsilon_sharpness",
     "errors",
+    "fisher_rao_norm",
     "interpolate",
     "linalg",
+    "low_pass_sharpness",
+    "pac_bayes_sharpness",
     "per_layer",
     "plotting",
+    "relative_flatness",
+    "report",
     "results",
     "top_eigenvalues",
+    "worst_case_sharpness",
 ]

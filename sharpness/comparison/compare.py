@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import nn
 
-from sharpness._checks import nearest
 from sharpness._progress import progress_bar
 from sharpness.errors import ArgumentError
 from sharpness.metrics.door import provenance
-from sharpness.metrics.registry import METRICS
+from sharpness.metrics.registry import metric_calls
 from sharpness.objective import Objective
 from sharpness.objective.losses import BatchLoss
 from sharpness.objective.parameters import ParameterChoice
 from sharpness.objective.reduction import LossFn
-from sharpness.results import Comparison, ComparisonRow, EigenResult, Record, Spread
+from sharpness.results import Comparison, ComparisonRow, Spread
 
 Metric: TypeAlias = "str | tuple[str, Mapping[str, Any]]"
 _DEFAULT: tuple[Metric, ...] = (
@@ -87,7 +85,7 @@ def compare(
         {'top_eigenvalues': 1}
     """
     groups = _groups(models)
-    calls = _calls(metrics)
+    calls = metric_calls(metrics, _DEFAULT)
     options: dict[str, Any] = {
         "batch_loss": batch_loss,
         "params": params,
@@ -116,7 +114,7 @@ def compare(
                     taken["test"].append(test.evaluate())
                 for key, call in calls.items():
                     bar.set_postfix_str(f"{name}: {key}", refresh=False)
-                    taken[key].append(call(objective))
+                    taken[key].append(call(objective, "ignore"))
                     bar.update()
                 settings = provenance(objective, {"test_data": test_loader is not None})
                 objective.release()
@@ -132,7 +130,7 @@ def compare(
 
 def check_metrics(metrics: Any) -> None:
     """Refuse unknown metrics, before anything is trained or measured."""
-    _calls(metrics)
+    metric_calls(metrics, _DEFAULT)
 
 
 def _groups(models: Any) -> dict[str, Sequence[nn.Module]]:
@@ -147,44 +145,6 @@ def _groups(models: Any) -> dict[str, Sequence[nn.Module]]:
         if not group or not all(isinstance(model, nn.Module) for model in group):
             raise ArgumentError(f"`models`: {name!r} must be a torch.nn.Module or a list of them.")
     return groups
-
-
-def _calls(metrics: Any) -> dict[str, Callable[[Objective], Record]]:
-    """Return the metrics by the names they get in a row: with their option where one is asked for twice."""
-    entries = _DEFAULT if isinstance(metrics, str) and metrics == "default" else metrics
-    if isinstance(entries, str) or not isinstance(entries, Sequence) or not entries:
-        raise ArgumentError(
-            f'`metrics` must be "default" or a list of names and (name, options) pairs, got {metrics!r}. '
-            f"The names are {', '.join(METRICS)}."
-        )
-    pairs = [(entry, {}) if isinstance(entry, str) else entry for entry in entries]
-    for pair in pairs:
-        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Mapping)):
-            raise ArgumentError(f"`metrics` holds {pair!r}; a name, or a pair (name, options), is needed.")
-        if pair[0] not in METRICS:
-            raise ArgumentError(
-                f"`metrics` holds {pair[0]!r}; the names are {', '.join(METRICS)}.{nearest(str(pair[0]), METRICS)}"
-            )
-    for name, given in pairs:
-        known = [p for p in inspect.signature(METRICS[name]).parameters if p not in ("model", "loader", "loss_fn")]
-        for option in given:
-            if option not in known:
-                raise ArgumentError(
-                    f"`metrics` asks {name} for {option!r}, which is not an option of it.{nearest(str(option), known)}"
-                )
-    names = [name for name, _ in pairs]
-
-    def bind(function: Callable[..., Record], given: Mapping[str, Any]) -> Callable[[Objective], Record]:
-        return lambda objective: function(objective, **{"on_failure": "ignore", **given})
-
-    calls: dict[str, Callable[[Objective], Record]] = {}
-    for name, given in pairs:
-        chosen = ", ".join(f"{key}={value!r}" for key, value in given.items())
-        key = f"{name}({chosen})" if names.count(name) > 1 and chosen else name
-        if key in calls:
-            raise ArgumentError(f"`metrics` asks for {key} twice. Give the two different options, or leave one out.")
-        calls[key] = bind(METRICS[name], given)
-    return calls
 
 
 def _row(name: str, taken: Mapping[str, list[Any]], metrics: Sequence[str]) -> ComparisonRow:
@@ -228,7 +188,7 @@ def _warnings(rows: Sequence[ComparisonRow]) -> list[str]:
         )
     for row in rows:
         for metric, records in row.records.items():
-            missed = sum(isinstance(record, EigenResult) and not record.converged for record in records)
+            missed = sum(not getattr(record, "converged", True) for record in records)
             if missed:
                 found.append(f"{metric} of {row.name} did not converge for {missed} of {len(records)} models.")
     return found

@@ -1,7 +1,25 @@
 """What people call: one function per quantity."""
 
+from sharpness.metrics.average_case import average_case_sharpness
 from sharpness.metrics.eigenvalues import top_eigenvalues
 from sharpness.metrics.epsilon import epsilon_sharpness
+from sharpness.metrics.fisher_rao import fisher_rao_norm
 from sharpness.metrics.layerwise import per_layer
+from sharpness.metrics.low_pass import low_pass_sharpness
+from sharpness.metrics.pac_bayes import pac_bayes_sharpness
+from sharpness.metrics.relative_flatness import relative_flatness
+from sharpness.metrics.report import report
+from sharpness.metrics.worst_case import worst_case_sharpness
 
-__all__ = ["epsilon_sharpness", "per_layer", "top_eigenvalues"]
+__all__ = [
+    "average_case_sharpness",
+    "epsilon_sharpness",
+    "fisher_rao_norm",
+    "low_pass_sharpness",
+    "pac_bayes_sharpness",
+    "per_layer",
+    "relative_flatness",
+    "report",
+    "top_eigenvalues",
+    "worst_case_sharpness",
+]

@@ -20,10 +20,12 @@ from sharpness.linalg.answer import check_on_failure
 from sharpness.linalg.lanczos import lanczos_steps, least_rows
 from sharpness.linalg.steps import Steps
 from sharpness.linalg.which import WHICH, count
-from sharpness.metrics.door import open_objective, provenance
+from sharpness.metrics.door import COMMON, DEFAULTS, open_objective, provenance
 from sharpness.metrics.eigenvalues import ITERATIVE, METHODS, top_eigenvalues
+from sharpness.metrics.fisher_rao import fisher_rao_norm
 from sharpness.metrics.memory import plan_basis, warn_of_memory
 from sharpness.metrics.registry import find_metric
+from sharpness.metrics.relative_flatness import relative_flatness
 from sharpness.objective import Objective
 from sharpness.objective.curvature import Curvature
 from sharpness.objective.parameters import ParameterChoice, choose
@@ -31,7 +33,6 @@ from sharpness.objective.reduction import LossFn
 from sharpness.results import EigenResult, LayerwiseResult
 
 Grouping: TypeAlias = "str | Callable[[str], str | None] | Mapping[str, ParameterChoice]"
-_COMMON = tuple(name for name in inspect.signature(Objective).parameters if name not in ("model", "loader", "loss_fn"))
 # Options of Lanczos that any block may take.
 _LOCKSTEP = ("k", "which", "tol", "num_matvecs", "vectors", "confirm", "basis_dtype", "basis_device")
 
@@ -56,7 +57,8 @@ def per_layer(
     sum of those of the blocks.
 
     Args:
-        metric: `top_eigenvalues` or `epsilon_sharpness`, or its name.
+        metric: A metric such as `top_eigenvalues`, or its name. `relative_flatness` is that of the one weight matrix of
+            each group; modules without any are left out. `fisher_rao_norm` needs ``method="parameters"``.
         model: The trained model, or an `Objective` that replaces ``model, loader, loss_fn`` and the common options.
         loader: Any re-iterable of batches.
         loss_fn: A criterion ``(outputs, targets) -> scalar``, or ``None`` to infer it (see `Objective`).
@@ -87,18 +89,26 @@ def per_layer(
     """
     name, function = find_metric(metric)
     check_on_failure(on_failure)
-    common = {option: options.pop(option) for option in _COMMON if option in options}
-    known = [p for p in inspect.signature(function).parameters if p not in (*_COMMON, "model", "loader", "loss_fn")]
+    common = {option: options.pop(option) for option in COMMON if option in options}
+    known = [p for p in inspect.signature(function).parameters if p not in (*COMMON, "model", "loader", "loss_fn")]
     for option in options:
         if option not in known:
-            raise ArgumentError(f"`{option}` is not an option of {name}.{nearest(option, [*known, *_COMMON])}")
+            raise ArgumentError(f"`{option}` is not an option of {name}.{nearest(option, [*known, *COMMON])}")
     if options.get("checkpoint") is not None or options.get("sample_interval"):
         raise ArgumentError(
             "`checkpoint` and `sample_interval` are for the whole model, got one of them for its layers. Leave it out."
         )
-    defaults = {**{option: inspect.signature(Objective).parameters[option].default for option in _COMMON}, **common}
-    objective = open_objective(model, loader, loss_fn, defaults)
+    if function is fisher_rao_norm and options.get("method") != "parameters":
+        raise ArgumentError(
+            'fisher_rao_norm with method="outputs" is of the whole function, and has no layers. '
+            'Pass method="parameters", the form <w, F w> of each layer.'
+        )
+    if function is relative_flatness and options.get("layer") is not None:
+        raise ArgumentError("`layer` names one layer, and per_layer measures each. Leave it out.")
+    objective = open_objective(model, loader, loss_fn, {**DEFAULTS, **common})
     groups = _groups(objective, by)
+    if function is relative_flatness:
+        groups = _with_one_matrix(objective, groups)
 
     started, passes = time.perf_counter(), objective.passes.count
     method = options.get("method", "lanczos")
@@ -271,13 +281,30 @@ def _groups(objective: Objective, by: Any) -> dict[str, list[int]]:
     return groups
 
 
+def _with_one_matrix(objective: Objective, groups: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """Return the groups that have a weight matrix."""
+    kept = {}
+    for group, block in groups.items():
+        matrices = [i for i in block if len(objective.parameters.shapes[i]) >= 2]
+        if len(matrices) > 1:
+            raise ArgumentError(
+                f"`by`: {group!r} holds {len(matrices)} weight matrices, and relative flatness is that of one. "
+                'Pass by="parameter".'
+            )
+        if matrices:
+            kept[group] = block
+    if not kept:
+        raise ArgumentError("`by`: no group holds a weight matrix, which relative flatness needs. Choose others.")
+    return kept
+
+
 def _report(result: LayerwiseResult, on_failure: str) -> None:
     missed = [layer for layer, record in result.items() if not getattr(record, "converged", True)]
     if not missed or on_failure == "ignore":
         return
     message = (
         f"{len(missed)} of {len(result)} layers did not converge: {', '.join(missed[:5])}{' ...' * (len(missed) > 5)}. "
-        "Raise num_matvecs, or loosen tol."
+        "Raise the budget of the metric, or loosen tol; their records say more."
     )
     if on_failure == "raise":
         raise ConvergenceError(message, result)

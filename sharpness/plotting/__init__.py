@@ -6,6 +6,18 @@ from sharpness.plotting.figures import (
     plot_epsilon_sharpness,
     plot_interpolation,
     plot_layerwise,
+    plot_perturbation,
+    plot_report,
+    plot_scalar,
 )
 
-__all__ = ["plot_comparison", "plot_eigenvalues", "plot_epsilon_sharpness", "plot_interpolation", "plot_layerwise"]
+__all__ = [
+    "plot_comparison",
+    "plot_eigenvalues",
+    "plot_epsilon_sharpness",
+    "plot_interpolation",
+    "plot_layerwise",
+    "plot_perturbation",
+    "plot_report",
+    "plot_scalar",
+]

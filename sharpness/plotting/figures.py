@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from sharpness.errors import ArgumentError, SharpnessError
-from sharpness.results import Comparison, EigenResult, EpsilonSharpnessResult, InterpolationResult, LayerwiseResult
+from sharpness.results import (
+    Comparison,
+    EigenResult,
+    EpsilonSharpnessResult,
+    InterpolationResult,
+    LayerwiseResult,
+    PerturbationResult,
+    Report,
+    ScalarResult,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,11 +33,17 @@ def plot_eigenvalues(result: EigenResult, *, ax: Axes | None = None, **style: An
 
 
 def plot_epsilon_sharpness(result: EpsilonSharpnessResult, *, ax: Axes | None = None, **style: Any) -> Axes:
-    """Draw the sharpness that each start reached."""
+    """Draw the sharpness that each start reached, the starts of a subspace in one colour, and the mean over these."""
     ax = _axes(ax)
     values = [start["value"] for start in result.starts]
-    ax.bar(range(1, len(values) + 1), values, **style)
-    ax.set(xlabel="start", ylabel="epsilon-sharpness (%)", xticks=range(1, len(values) + 1))
+    colors = [f"C{start['draw'] % 10}" for start in result.starts]
+    ax.bar(range(1, len(values) + 1), values, **{"color": colors, **style})
+    if result.stderr is not None:
+        ax.axhline(result.value, color="0.3", linewidth=0.8)
+        ax.axhspan(result.value - result.stderr, result.value + result.stderr, color="0.3", alpha=0.2, linewidth=0)
+    ax.set(
+        xlabel="start", ylabel="epsilon-sharpness (%)", xticks=range(1, len(values) + 1) if len(values) <= 20 else []
+    )
     return ax
 
 
@@ -68,6 +84,44 @@ def plot_interpolation(result: InterpolationResult, *, ax: Axes | None = None, *
         ax.axvline(end, color="0.7", linewidth=0.8, zorder=0)
     ax.set(xlabel="alpha (0: first model, 1: second)", ylabel="loss", yscale="log")
     ax.legend()
+    return ax
+
+
+def plot_perturbation(result: PerturbationResult, *, ax: Axes | None = None, **style: Any) -> Axes:
+    """Draw what each perturbation, or group of samples, gave as a dot, and the loss where there are none."""
+    ax = _axes(ax)
+    metric = str(result.settings.get("metric")).replace("_", " ")
+    if result.samples is None:
+        ax.bar([0, 1], [result.loss, result.loss if result.max_loss is None else result.max_loss], **style)
+        ax.set(xticks=[0, 1], ylabel="loss")
+        ax.set_xticklabels(["model", "perturbed"])
+        return ax
+    ax.plot(range(1, len(result.samples) + 1), result.samples, **{"linestyle": "", "marker": "o", **style})
+    target = result.settings.get("target")  # of a search for the sigma at which it moves so far
+    level = result.value if target is None else math.copysign(result.settings["deviation"], result.samples.mean())
+    ax.axhline(level, color="0.7", linewidth=0.8, zorder=0)
+    ylabel = metric if target is None else f"change of the {target} at sigma = {result.sigma:.3g}"
+    ax.set(xlabel="perturbation" if result.max_loss is None else "group of samples", ylabel=ylabel)
+    return ax
+
+
+def plot_scalar(result: ScalarResult, *, ax: Axes | None = None, **style: Any) -> Axes:
+    """Draw the number, with its standard error as a bar where it has one."""
+    ax = _axes(ax)
+    ax.errorbar([0], [result.value], yerr=[result.stderr or 0.0], **{"fmt": "o", "capsize": 4, **style})
+    ax.set(xticks=[0])
+    ax.set_xticklabels([str(result.settings.get("metric")).replace("_", " ")])
+    return ax
+
+
+def plot_report(report: Report, *, ax: Axes | None = None, **style: Any) -> Axes:
+    """Draw every measure as a bar on a logarithmic axis; negative ones have none."""
+    ax = _axes(ax)
+    names = list(report)
+    ax.barh(range(len(names)), [max(report[name].headline, 0.0) for name in names], **style)
+    ax.set(yticks=range(len(names)), xscale="log", xlabel="value (each measure in its own unit)")
+    ax.set_yticklabels(names)
+    ax.invert_yaxis()
     return ax
 
 

@@ -10,6 +10,8 @@ from sharpness.results.comparison import Comparison, ComparisonRow, Interpolatio
 from sharpness.results.eigen import EigenResult, SampleInterval
 from sharpness.results.epsilon import EpsilonSharpnessResult
 from sharpness.results.layerwise import LayerwiseResult
+from sharpness.results.perturbation import PerturbationResult, ScalarResult
+from sharpness.results.report import Report
 
 __all__ = [
     "Comparison",
@@ -18,7 +20,10 @@ __all__ = [
     "EpsilonSharpnessResult",
     "InterpolationResult",
     "LayerwiseResult",
+    "PerturbationResult",
     "Record",
+    "Report",
     "SampleInterval",
+    "ScalarResult",
     "Spread",
 ]

@@ -108,6 +108,12 @@ class EigenResult(Record):
         """Return the first eigenvalue, the one number that stands for the record."""
         return self.eigenvalues[0].item()
 
+    @property
+    def doubt(self) -> str:
+        """Return how far to trust the first eigenvalue, in a few words."""
+        low, high = self.interval[0].tolist()
+        return f"± {(high - low) / 2:.1g} (for certain){'' if self.converged else ', NOT converged'}"
+
     def __repr__(self) -> str:
         half = ((self.interval[:, 1] - self.interval[:, 0]) / 2).tolist()
         found = list(zip(self.eigenvalues.tolist(), half, strict=True))

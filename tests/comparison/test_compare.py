@@ -68,6 +68,18 @@ def test_eigenvalues_that_did_not_converge_are_named():
     assert "top_eigenvalues of net did not converge for 1 of 1 models." in comparison.warnings
 
 
+def test_every_measure_may_be_compared_and_says_what_it_missed():
+    models = {"flat": bowl(1.0), "sharp": bowl(5.0)}
+    asked = ["worst_case_sharpness", "low_pass_sharpness", ("worst_case_sharpness", {"adaptive": "elementwise"})]
+    comparison = compare(models, metrics=[*asked, ("average_case_sharpness", {"num_samples": 4})])
+    assert comparison.ratios["worst_case_sharpness"][1].mean == pytest.approx(5.0, rel=1e-6)
+    # The same directions for both: the ratio is exact where either value is known to a third.
+    assert comparison.ratios["average_case_sharpness"][1].mean == pytest.approx(5.0, rel=1e-9)
+    assert comparison["flat"].records["average_case_sharpness"][0].stderr > 0
+    missed = "worst_case_sharpness(adaptive='elementwise')"  # all weights are zero
+    assert comparison.warnings == tuple(f"{missed} of {name} did not converge for 1 of 1 models." for name in models)
+
+
 def test_accuracy_and_test_data():
     problem = tanh_net()
     other = copy.deepcopy(problem.model)

@@ -9,7 +9,17 @@ from torch import nn
 import sharpness
 from sharpness.errors import ArgumentError
 
-METRICS = [sharpness.top_eigenvalues, sharpness.epsilon_sharpness]
+METRICS = [
+    sharpness.top_eigenvalues,
+    sharpness.epsilon_sharpness,
+    sharpness.worst_case_sharpness,
+    sharpness.average_case_sharpness,
+    sharpness.low_pass_sharpness,
+    sharpness.pac_bayes_sharpness,
+    sharpness.relative_flatness,
+    sharpness.fisher_rao_norm,
+    sharpness.report,
+]
 NONSENSE = object()
 CASES = [
     (function, name)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import sharpness
+from sharpness.metrics.registry import METRICS
 
 MODULES = ["sharpness", "sharpness.linalg", "sharpness.datasets", "sharpness.plotting", "sharpness.results"]
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference.md"
@@ -39,7 +40,7 @@ def test_every_public_name_is_in_the_reference(module):
     assert {name for name in names if name not in text} == set()
 
 
-@pytest.mark.parametrize("function", [sharpness.top_eigenvalues, sharpness.epsilon_sharpness])
+@pytest.mark.parametrize("function", [*METRICS.values(), sharpness.report])
 def test_metrics_take_model_loader_loss_and_the_common_options(function):
     parameters = inspect.signature(function).parameters
     assert list(parameters)[:3] == ["model", "loader", "loss_fn"]

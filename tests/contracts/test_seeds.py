@@ -13,6 +13,11 @@ CALLS = {
     "lanczos": lambda **o: sharpness.top_eigenvalues(PROBLEM.model, LOADER, k=2, vectors=True, **o),
     "power": lambda **o: sharpness.top_eigenvalues(PROBLEM.model, LOADER, method="power", vectors=True, **o),
     "epsilon": lambda **o: sharpness.epsilon_sharpness(PROBLEM.model, LOADER, **o),
+    "worst": lambda **o: sharpness.worst_case_sharpness(PROBLEM.model, LOADER, group_size=3, num_steps=3, **o),
+    "average": lambda **o: sharpness.average_case_sharpness(PROBLEM.model, LOADER, num_samples=2, **o),
+    "low-pass": lambda **o: sharpness.low_pass_sharpness(PROBLEM.model, LOADER, num_samples=2, **o),
+    "pac-bayes": lambda **o: sharpness.pac_bayes_sharpness(PROBLEM.model, LOADER, num_samples=2, target="loss", **o),
+    "flatness": lambda **o: sharpness.relative_flatness(PROBLEM.model, LOADER, method="hutchinson", num_samples=2, **o),
     "compare": lambda **o: sharpness.compare({"a": PROBLEM.model}, LOADER, **o),
 }
 x, y = (torch.cat(parts) for parts in zip(*PROBLEM.loader, strict=True))

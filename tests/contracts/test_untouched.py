@@ -37,6 +37,14 @@ CALLS = {
     "dense": lambda m, data, f: sharpness.top_eigenvalues(m, data, f, method="dense", on_failure="ignore"),
     "streamed": lambda m, data, f: sharpness.top_eigenvalues(m, data, f, memory=0, on_failure="ignore"),
     "epsilon_sharpness": lambda m, data, f: sharpness.epsilon_sharpness(m, data, f, max_iter=2),
+    "worst_case_sharpness": lambda m, data, f: sharpness.worst_case_sharpness(m, data, f, group_size=3, num_steps=2),
+    "average_case_sharpness": lambda m, data, f: sharpness.average_case_sharpness(m, data, f, num_samples=2),
+    "low_pass_sharpness": lambda m, data, f: sharpness.low_pass_sharpness(m, data, f, num_samples=2),
+    "pac_bayes_sharpness": lambda m, data, f: sharpness.pac_bayes_sharpness(
+        m, data, f, num_samples=2, target="loss", on_failure="ignore"
+    ),
+    "relative_flatness": lambda m, data, f: sharpness.relative_flatness(m, data, f, layer="first"),
+    "fisher_rao_norm": lambda m, data, f: sharpness.fisher_rao_norm(m, data, f),
     "compare": lambda m, data, f: sharpness.compare({"a": m}, data, f),
     "interpolate": lambda m, data, f: sharpness.interpolate(m, Fragile(), data, f),
 }

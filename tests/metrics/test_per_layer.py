@@ -173,6 +173,48 @@ def test_epsilon_sharpness_of_layers():
     assert list(result) == sorted(result, key=lambda layer: -result[layer].value)
 
 
+METRICS = {
+    "worst_case_sharpness": {"num_steps": 3},
+    "average_case_sharpness": {"num_samples": 2},
+    "low_pass_sharpness": {"num_samples": 2},
+    "pac_bayes_sharpness": {"num_samples": 2, "target": "loss", "deviation": 1e-3},
+    "relative_flatness": {},
+    "fisher_rao_norm": {"method": "parameters"},
+}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_layer_is_measured_as_if_the_others_were_frozen(metric):
+    by = {"first": "core.first.*", "last": "core.last.*"}
+    result = sharpness.per_layer(metric, PROBLEM.model, PROBLEM.loader, by=by, **METRICS[metric])
+    for name, chosen in by.items():
+        alone = getattr(sharpness, metric)(PROBLEM.model, PROBLEM.loader, params=chosen, **METRICS[metric])
+        assert result[name].value == pytest.approx(alone.value, rel=1e-12)
+    assert list(result) == sorted(result, key=lambda layer: -result[layer].value)
+
+
+def test_relative_flatness_is_that_of_each_matrix():
+    result = sharpness.per_layer("relative_flatness", PROBLEM.model, PROBLEM.loader)
+    matrices = {name for name, p in PROBLEM.model.named_parameters() if p.requires_grad and p.ndim > 1}
+    assert {record.settings["layer"] for record in result.values()} == matrices
+    whole = sharpness.relative_flatness(PROBLEM.model, PROBLEM.loader, layer="core.first")
+    assert result["core.first"].value == pytest.approx(whole.value, rel=1e-9)
+
+
+def test_metrics_that_a_layer_does_not_have():
+    def ask(metric, **options):
+        return sharpness.per_layer(metric, PROBLEM.model, PROBLEM.loader, **options)
+
+    with pytest.raises(ArgumentError, match='method="outputs" is of the whole function, and has no layers'):
+        ask("fisher_rao_norm")
+    with pytest.raises(ArgumentError, match="`layer` names one layer, and per_layer measures each"):
+        ask("relative_flatness", layer="core.first")
+    with pytest.raises(ArgumentError, match="'all' holds 2 weight matrices, and relative flatness is that of one"):
+        ask("relative_flatness", by={"all": ["core.first.weight", "core.last.weight"]})
+    with pytest.raises(ArgumentError, match="`by`: no group holds a weight matrix"):
+        ask("relative_flatness", by={"bias": "core.first.bias"})
+
+
 def test_an_objective_in_place_of_a_model():
     objective = Objective(PROBLEM.model, PROBLEM.loader, params=["core.first.*", "core.last.*"])
     result = sharpness.per_layer("top_eigenvalues", objective)

@@ -43,6 +43,14 @@ def test_epsilon_sharpness_has_a_bar_per_start():
     assert [bar.get_height() for bar in bars] == [start["value"] for start in result.starts]
 
 
+def test_epsilon_sharpness_over_several_subspaces_has_a_colour_for_each_and_their_mean():
+    result = sharpness.epsilon_sharpness(PROBLEM.model, PROBLEM.loader, subspace_dim=2, num_draws=3, max_iter=2)
+    axes = result.plot()
+    colours = [bar.get_facecolor() for bar in axes.patches if bar.get_height() in {s["value"] for s in result.starts}]
+    assert len(set(colours)) == 3
+    assert set(axes.lines[0].get_ydata()) == {result.value}
+
+
 def test_comparison_has_a_bar_per_row_and_a_dot_per_seed():
     comparison = sharpness.compare({"a": [PROBLEM.model, tanh_net(1).model], "b": tanh_net(2).model}, PROBLEM.loader)
     axes = comparison.plot(metric="top_eigenvalues")
@@ -78,3 +86,17 @@ def test_without_matplotlib_the_error_says_how_to_install_it(monkeypatch):
         SharpnessError, match=r'plots need matplotlib. Install it with: pip install "sharpness\[plot\]"'
     ):
         result.plot()
+
+
+def test_perturbations_are_drawn_as_dots_and_a_maximum_as_two_bars():
+    average = sharpness.average_case_sharpness(PROBLEM.model, PROBLEM.loader, num_samples=4)
+    assert average.plot().lines[0].get_ydata().tolist() == average.samples.tolist()
+    worst = sharpness.worst_case_sharpness(PROBLEM.model, PROBLEM.loader)
+    assert [bar.get_height() for bar in worst.plot().patches] == [worst.loss, worst.max_loss]
+
+
+def test_a_number_and_a_report():
+    norm = sharpness.fisher_rao_norm(PROBLEM.model, PROBLEM.loader)
+    assert norm.plot().containers[0].lines[0].get_ydata()[0] == norm.value
+    report = sharpness.report(PROBLEM.model, PROBLEM.loader, metrics=["top_eigenvalues", "fisher_rao_norm"])
+    assert [bar.get_width() for bar in report.plot().patches] == [record.headline for record in report.values()]
