@@ -28,7 +28,7 @@ myst_heading_anchors = 3
 # build. Progress bars go to stderr.
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_execution_timeout = 900
 nb_output_stderr = "remove"
 nb_merge_streams = True
 nb_render_markdown_format = "gfm"  # tables that a cell makes
