@@ -35,8 +35,8 @@ def ascend(
 ) -> dict[str, Any]:
     """Spend exactly ``max_iter`` iterations of ``solver``; return what was reached.
 
-    A climb that ends in a corner early leaves its remaining iterations to another one from a new random point.
-    ``advance`` is called after each evaluation.
+    A climb that ends in a corner early leaves its remaining iterations to another one from a new random point; one that
+    cannot take a step, where the loss is constant say, counts for one. ``advance`` is called after each evaluation.
     """
     before, climbs = box.num_evaluations, list[Climb]()
     left = max_iter
@@ -45,7 +45,7 @@ def ascend(
         left -= max(climbs[-1].iterations, 1)
     return {
         "max_loss": max(climb.max_loss for climb in climbs),
-        "iterations": max_iter - left,
+        "iterations": sum(climb.iterations for climb in climbs),
         "climbs": len(climbs),
         "evaluations": box.num_evaluations - before,
         "message": climbs[-1].message,

@@ -116,10 +116,11 @@ def epsilon_sharpness(
         NonFiniteError: If the loss or gradient is NaN or infinite; names the batch, and the perturbation.
         ConvergenceError: If no start rose above the model's own loss and ``on_failure="raise"``.
 
-    Cost: one gradient over the data per evaluation; about 30 float64 vectors for L-BFGS-B in the full space, five in
-    the model's dtype for projected gradients. The latter evaluate ``max_iter`` times per start and once per climb;
-    L-BFGS-B mostly as often, and up to 20 times in an iteration whose line search fails. A random subspace adds
-    ``2 n p`` operations to each evaluation, and where ``A`` is not held the drawing of ``2 n p`` numbers.
+    Cost: one gradient over the data per evaluation; about 26 float64 vectors for L-BFGS-B in the full space, beside
+    SciPy's lists of bounds, and 12 in the model's dtype for projected gradients. The latter evaluate ``max_iter`` times
+    per start and once per climb; L-BFGS-B mostly as often, and up to 20 times in an iteration whose line search fails.
+    A random subspace adds ``2 n p`` operations to each evaluation, and where ``A`` is not held the drawing of ``2 n p``
+    numbers.
 
     References:
         Keskar et al. (2017), arXiv 1609.04836, Metric 2.1; Byrd et al. (1995), doi:10.1137/0916069.

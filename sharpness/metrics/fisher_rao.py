@@ -93,7 +93,9 @@ def fisher_rao_norm(
         NonFiniteError: If a loss or gradient is NaN or infinite; names the batch.
         ModelError: If the outputs do not depend on the parameters.
 
-    Cost: one forward pass over the data, and one product with the Fisher matrix for ``method="parameters"``.
+    Cost: three forward passes over the data, two of them to see whether the loss stays the same, and the derivatives of
+    one by the outputs; 15 passes more where labels are drawn, and one product with the Fisher matrix for
+    ``method="parameters"``.
 
     References:
         Liang et al. (2019), arXiv 1711.01530, theorem 3.1.

@@ -174,8 +174,8 @@ def pac_bayes_sharpness(
     if not converged and on_failure != "ignore":
         moved = abs(moves.mean().item())
         message = (
-            f"the {target} moves by {moved:.3g} at sigma={sigma:.3g}, and at no sigma tried by the deviation asked "
-            f"for, {deviation:g}{', before the loss overflows' * search.overflows}. "
+            f"no sigma was found at which the {target} moves by the deviation asked for, {deviation:g}: at "
+            f"sigma={sigma:.3g} it moves by {moved:.3g}{', and beyond the loss overflows' * search.overflows}. "
             f"Pass another deviation{', or a smaller eps' * (eps > 0)}."
         )
         if on_failure == "raise":

@@ -122,7 +122,7 @@ def rounding(objective: Objective, loss: float) -> float:
 
 def warn_of_rounding(objective: Objective, loss: float, highest: float) -> None:
     """Warn where a rise of the loss is not large against its rounding."""
-    rise, error = highest - loss, torch.finfo(objective.dtype).eps * max(abs(loss), abs(highest))
+    rise, error = highest - loss, max(rounding(objective, loss), rounding(objective, highest))
     if 0 < rise < _LARGE * error:
         warn(
             f"the loss rises by {rise:.3g} from {loss:.6g}, and in {str(objective.dtype).removeprefix('torch.')} it is "

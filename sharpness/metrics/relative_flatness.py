@@ -94,7 +94,8 @@ def relative_flatness(
         ModelError: If the loss cannot be differentiated twice.
 
     Cost: ``min(rows, m) m`` products with the layer's block of the Hessian at most, or ``num_samples``; 16 of them in
-    one pass over the data. The factor takes of the order of ``min(rows, m)^2 max(rows, m)`` operations.
+    one pass over the data, with a few vectors of the layer's size for each. Where ``F`` is not ``W`` itself it takes of
+    the order of ``min(rows, m)^2 max(rows, m)`` operations.
 
     References:
         Petzka et al. (2021), arXiv 2001.00939.
@@ -192,10 +193,11 @@ def _measure(objective: Objective, position: int, method: str, num_samples: int)
 
 def _factor(weights: Tensor, *, minimal: bool) -> Tensor:  # (rows, columns) -> (rows, r)
     """Return ``F`` with ``F F' = W W'``, of no more columns than rows; of as many as the rank if ``minimal``."""
-    wide = weights.shape[0] < weights.shape[1]
+    if not minimal and weights.shape[0] >= weights.shape[1]:
+        return weights
     if not minimal:  # W = L Q
         lower: Tensor = torch.linalg.qr(weights.double().T, mode="r").R.T
-        return lower.to(weights) if wide else weights
+        return lower.to(weights)
     left, values, _ = torch.linalg.svd(weights.double(), full_matrices=False)
     kept = values > _RANK * values[0]
     factor: Tensor = left[:, kept] * values[kept]

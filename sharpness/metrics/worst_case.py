@@ -18,6 +18,7 @@ from sharpness.metrics.door import open_objective, provenance
 from sharpness.metrics.perturbation import Adaptive, check_adaptive, normal, perturbed, scales, warn_of_rounding
 from sharpness.objective import Objective
 from sharpness.objective.losses import BatchLoss
+from sharpness.objective.microbatch import check_no_batch_statistics
 from sharpness.objective.parameters import ParameterChoice
 from sharpness.objective.reduction import LossFn
 from sharpness.objective.variants import group_weights, grouped, normalised
@@ -121,6 +122,8 @@ def worst_case_sharpness(
     check_on_failure(on_failure)
     objective = open_objective(model, loader, loss_fn, locals())
     objective = normalised(objective) if normalize_logits else objective
+    if group_size is not None:
+        check_no_batch_statistics(objective.model, objective.mode, option="group_size")
 
     started, passes = time.perf_counter(), objective.num_passes
     with objective.session():

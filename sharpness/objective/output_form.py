@@ -60,9 +60,9 @@ def homogeneity(objective: Objective) -> float | None:
             return None
         functional, outputs = objective._functional, list[Tensor]()
         for c in (1.0, _STRETCH):
-            others = {name: c * p.detach() for name, p in objective.model.named_parameters() if p.is_floating_point()}
+            scaled = {name: c * p.detach() for name, p in objective.model.named_parameters() if p.is_floating_point()}
             reseed(objective.seed, 0, 0)
-            places = functional.places(functional.leaves(c * objective.vector(), differentiable=False), others)
+            places = functional.places(functional.leaves(differentiable=False), scaled)
             try:
                 terms = functional.terms(sample.batch, places)
             except Exception:  # whatever a model raises that has a batch size written into it

@@ -177,6 +177,15 @@ def test_a_rise_of_the_size_of_rounding_is_said_to_be():
         sharpness.worst_case_sharpness(model, rows, batch_loss=by_rows, rho=1e-2)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_constant_loss_takes_no_iteration(solver):
+    flat = measure((0 * torch.diag(H), NONE, NONE, 1.0), solver=solver, max_iter=3, on_failure="ignore")
+    assert flat.value == 0
+    for start in flat.starts:
+        assert start["iterations"] == 0
+        assert start["climbs"] == 3
+
+
 def test_a_loss_of_minus_one_is_refused_and_a_fall_is_no_rise():
     with pytest.raises(ModelError, match=r"the loss is -1; epsilon-sharpness divides by 1 \+ loss"):
         measure((torch.diag(H), NONE, NONE, -1.0))
