@@ -9,10 +9,13 @@ from typing import Any
 from sharpness._checks import nearest
 from sharpness.errors import ArgumentError
 from sharpness.metrics.average_case import average_case_sharpness
+from sharpness.metrics.critical import critical_sharpness
 from sharpness.metrics.eigenvalues import top_eigenvalues
 from sharpness.metrics.epsilon import epsilon_sharpness
 from sharpness.metrics.fisher_rao import fisher_rao_norm
+from sharpness.metrics.learning_rate import learning_rate_limit
 from sharpness.metrics.low_pass import low_pass_sharpness
+from sharpness.metrics.noise import gradient_noise_scale
 from sharpness.metrics.pac_bayes import pac_bayes_sharpness
 from sharpness.metrics.relative_flatness import relative_flatness
 from sharpness.metrics.worst_case import worst_case_sharpness
@@ -28,6 +31,9 @@ METRICS: dict[str, Callable[..., Any]] = {
     "pac_bayes_sharpness": pac_bayes_sharpness,
     "relative_flatness": relative_flatness,
     "fisher_rao_norm": fisher_rao_norm,
+    "gradient_noise_scale": gradient_noise_scale,
+    "learning_rate_limit": learning_rate_limit,
+    "critical_sharpness": critical_sharpness,
 }
 
 

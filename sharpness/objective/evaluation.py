@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sharpness.objective.batch_sum import BatchSum
 from sharpness.objective.diagnosis import explained
+from sharpness.objective.losses import Terms
 from sharpness.objective.parameters import Parameters
 from sharpness.objective.passes import Passes, require_dependence
 
@@ -30,12 +31,24 @@ class Evaluation:
 
 
 def evaluate(
-    passes: Passes, leaves: Sequence[Tensor], *, draw: int = 0, tensors: Mapping[str, Tensor] | None = None
+    passes: Passes,
+    leaves: Sequence[Tensor],
+    *,
+    draw: int = 0,
+    tensors: Mapping[str, Tensor] | None = None,
+    finite: bool = True,
 ) -> Evaluation:
     """Return loss and accuracy at the leaves. Not under ``no_grad``: a forward pass may take derivatives of its own."""
+    return summed(
+        terms for _, terms in passes.terms(leaves, draw=draw, tensors=tensors, weightless=True, finite=finite)
+    )
+
+
+def summed(batches: Iterable[Terms]) -> Evaluation:
+    """Return loss and accuracy over the terms of all batches, which are dropped one by one."""
     total = weight = correct = counted = 0.0
     classes = True
-    for _, terms in passes.terms(leaves, draw=draw, tensors=tensors, weightless=True):
+    for terms in batches:
         if terms.weight:
             total, weight = total + terms.total.item(), weight + terms.weight
         if terms.correct is None or terms.counted is None:

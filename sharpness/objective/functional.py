@@ -86,6 +86,12 @@ class Functional:
                     "and the parameters inside would be taken for constants. Pass use_reentrant=False."
                 ) from warning
 
+    def terms_here(self, batch: Any) -> Terms:
+        """Return the loss terms of a batch with what is in the places now: for many batches `inside` one body."""
+        own = map_tensors(lambda tensor: tensor, batch)  # a new container: the user's loss may pop from it
+        with autocast(self.parameters.device, self._precision):
+            return self._criterion(self._model, own)
+
     def inside(self, places: dict[str, Tensor], body: Callable[[], T]) -> T:
         """Return ``body()``, run with the tensors in their places and kernels that can be differentiated twice."""
         with twice_differentiable(self._model):

@@ -21,15 +21,23 @@ def check_no_batch_statistics(model: nn.Module, mode: str, option: str = "microb
     Raises:
         ArgumentError: If a BatchNorm layer normalises by the batch in this mode.
     """
+    found = batch_statistics(model, mode)
+    if found is not None:
+        raise ArgumentError(
+            f"`{option}` would change the loss: {found} normalises by the statistics of the batch in this mode. Use "
+            'mode="eval", or a loader with smaller batches.'
+        )
+
+
+def batch_statistics(model: nn.Module, mode: str) -> str | None:
+    """Return the name and kind of the first layer that normalises by the statistics of the batch in this mode."""
     for name, module in model.named_modules():
         if not isinstance(module, _BatchNorm):
             continue
         training = module.training if mode == "as_is" else mode == "train"
         if training or module.running_mean is None:
-            raise ArgumentError(
-                f"`{option}` would change the loss: {name!r} ({type(module).__name__}) normalises by the "
-                'statistics of the batch in this mode. Use mode="eval", or a loader with smaller batches.'
-            )
+            return f"{name!r} ({type(module).__name__})"
+    return None
 
 
 def check_pieces(functional: Functional, batches: Batches, seed: int) -> None:

@@ -131,8 +131,8 @@ class Objective:
             piece=self.microbatch_size,
         )
         self.unused: tuple[str, ...] = ()
-        self._functional = Functional(self.model, self.criterion, self.parameters, self.precision)
-        self.passes = Passes(self.model, self._functional, self.batches, seed=self.seed, memory=self.memory)
+        self.functional = Functional(self.model, self.criterion, self.parameters, self.precision)
+        self.passes = Passes(self.model, self.functional, self.batches, seed=self.seed, memory=self.memory)
         if self.microbatch_size is not None:
             check_no_batch_statistics(self.model, self.mode)
         self._pieces_checked = self.microbatch_size is None
@@ -181,7 +181,7 @@ class Objective:
             sample = self.batches.sample
             if sample is None or sample.bytes <= unless:
                 return None
-            return graph_size(self._functional, sample, curvature, self.seed)
+            return graph_size(self.functional, sample, curvature, self.seed)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies the function: digests of data and weights, and the options; one walk over the data."""
@@ -219,7 +219,7 @@ class Objective:
             tensors: What to put in the places of parameters and buffers, by name; goes before ``at``.
         """
         with self.session():
-            found = evaluate(self.passes, self._functional.leaves(at, differentiable=False), tensors=tensors)
+            found = evaluate(self.passes, self.functional.leaves(at, differentiable=False), tensors=tensors)
         self._loss = found.loss if at is None and tensors is None else self._loss
         return found
 
@@ -234,9 +234,9 @@ class Objective:
             NonFiniteError: If the loss or the gradient of a batch is NaN or infinite.
         """
         with self.session():
-            leaves = self._functional.leaves(at)
-            loss, gradient = self._functional.inside(
-                self._functional.places(leaves), lambda: value_and_gradient(self.passes, leaves, self.parameters)
+            leaves = self.functional.leaves(at)
+            loss, gradient = self.functional.inside(
+                self.functional.places(leaves), lambda: value_and_gradient(self.passes, leaves, self.parameters)
             )
             if at is None:
                 self._loss = loss
@@ -321,7 +321,7 @@ class Objective:
         summed = rows.sum(dim=0)  # stands for each of them: the error of any one shows up in it
         request = Request.of(self.parameters, summed, block)
         with self.session():
-            return product_error(self._functional, self.batches, curvature, request, self.seed)
+            return product_error(self.functional, self.batches, curvature, request, self.seed)
 
     def check(self) -> None:
         """Warn, with the measured difference, if the loss is not the same on another walk over the data.
@@ -332,7 +332,7 @@ class Objective:
             if self._checked:
                 return
             first = self.value() if self._loss is None else self._loss
-            again = evaluate(self.passes, self._functional.leaves(differentiable=False), draw=1).loss
+            again = evaluate(self.passes, self.functional.leaves(differentiable=False), draw=1).loss
             self._loss, self._checked = first, True
             if abs(first - again) > _SLACK[self.dtype] * max(abs(first), abs(again), 1e-3):
                 warn(
@@ -376,13 +376,13 @@ class Objective:
                 yield
             return
         with guarded(self.model, self.mode, self.device, self.batches.generators(), self.precision):
-            self._functional.check_unmoved()
-            if self._snapshot is None or not all(map(torch.equal, self._snapshot, self._functional.state())):
+            self.functional.check_unmoved()
+            if self._snapshot is None or not all(map(torch.equal, self._snapshot, self.functional.state())):
                 self.release()
             self._depth += 1
             try:
                 if not self._pieces_checked:
-                    check_pieces(self._functional, self.batches, self.seed)
+                    check_pieces(self.functional, self.batches, self.seed)
                     self._pieces_checked = True
                 yield
             finally:
@@ -392,8 +392,8 @@ class Objective:
         """Return ``use(engine, leaves)``, run with the leaves of the kept graphs, or new ones, in their places."""
         self.batches.settle(self.passes.room())
         if self.batches.kept and self._snapshot is None:
-            self._leaves = self._functional.leaves()
-            self._snapshot = [tensor.detach().clone() for tensor in self._functional.state()]
-        leaves = self._leaves or self._functional.leaves()
+            self._leaves = self.functional.leaves()
+            self._snapshot = [tensor.detach().clone() for tensor in self.functional.state()]
+        leaves = self._leaves or self.functional.leaves()
         engine = self._engines.setdefault(curvature, Products(curvature, self.seed))
-        return self._functional.inside(self._functional.places(leaves), lambda: use(engine, leaves))
+        return self.functional.inside(self.functional.places(leaves), lambda: use(engine, leaves))

@@ -33,7 +33,7 @@ class OutputForm:
 def output_form(objective: Objective, curvature: Curvature, draw: int = 0) -> OutputForm:
     r"""Return :math:`z' M z` with ``z`` the outputs and ``M`` their curvature; one pass."""
     with objective.session():
-        leaves = objective._functional.leaves()
+        leaves = objective.functional.leaves()
         total = rows = weight = 0.0
         drawn = False
         for i, terms in objective.passes.terms(leaves):
@@ -58,7 +58,7 @@ def homogeneity(objective: Objective) -> float | None:
         sample = objective.batches.sample
         if sample is None:
             return None
-        functional, outputs = objective._functional, list[Tensor]()
+        functional, outputs = objective.functional, list[Tensor]()
         for c in (1.0, _STRETCH):
             scaled = {name: c * p.detach() for name, p in objective.model.named_parameters() if p.is_floating_point()}
             reseed(objective.seed, 0, 0)

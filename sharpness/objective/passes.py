@@ -53,6 +53,7 @@ class Passes:
         tensors: Mapping[str, Tensor] | None = None,
         skip: Mapping[int, float] | None = None,
         weightless: bool = False,
+        finite: bool = True,
     ) -> Iterator[tuple[int, Terms]]:
         """Walk the data once and yield the position and the terms of each batch that has any.
 
@@ -64,6 +65,7 @@ class Passes:
             tensors: What goes in other places, by name.
             skip: Batches that need not be evaluated, with their weights.
             weightless: Also yield batches whose terms have no weight, and whose total means nothing.
+            finite: Refuse a loss that is NaN or infinite.
         """
         self.count += 1
         self.batches.settle(self.room())
@@ -84,15 +86,13 @@ class Passes:
                 del terms
                 continue
             found += terms.weight
-            _require_finite(i, terms)
+            if finite:
+                _require_finite(i, terms)
             if leaves[0].requires_grad and not terms.total.requires_grad:
                 require_dependence(())
             yield i, terms
             del terms  # the graph must not outlive its batch
-        if found == 0:
-            raise NoTermsError(
-                "the loader holds no loss term: every batch has weight 0. Check ignore_index and weights."
-            )
+        require_terms(found)
         self.num_terms = found
 
     def room(self) -> Budget:
@@ -114,6 +114,16 @@ def _require_finite(i: int, terms: Terms) -> None:
             f"the loss of batch {i} (counted from 0) is {terms.total.item()}. "
             "Check this batch for NaN, and the weights for overflow."
         )
+
+
+def require_terms(weight: float) -> None:
+    """Refuse data without a loss term.
+
+    Raises:
+        NoTermsError: If ``weight``, the number of all of them, is 0.
+    """
+    if weight == 0:
+        raise NoTermsError("the loader holds no loss term: every batch has weight 0. Check ignore_index and weights.")
 
 
 def require_dependence(used: Collection[int]) -> None:

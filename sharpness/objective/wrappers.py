@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from sharpness.errors import ModelError
 from sharpness.objective.embedding_bag import embedding_bag
 
+STATE_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile, in the names of what they wrap
+
 
 def inner(module: nn.Module) -> nn.Module | None:
     """Return what ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel`` wrap; ``None`` for the rest."""

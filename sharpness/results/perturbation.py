@@ -80,9 +80,16 @@ class ScalarResult(Record):
 
     Attributes:
         value: The number.
-        stderr: Its standard error; ``None`` where it is exact up to rounding.
-        samples: One number per random vector; ``None`` where it is exact.
+        stderr: Its standard error; ``None`` where nothing is drawn at random.
+        interval: Low and high end of where it lies; ``None`` where it is exact up to rounding, or has a ``stderr``.
+        samples: One number per random vector; ``None`` where nothing is drawn.
         about: What of the model was measured, or what the number is not, in a few words; ``None`` where that is plain.
+        critical_step: The step at which the loss rises above its present value, for `critical_sharpness`.
+        directional_curvature: ``d'Hd / g'd`` beside it, if asked for.
+        steps: ``(m,)`` all steps that were tried, ascending, likewise.
+        losses: ``(m,)`` the loss at each of them.
+        num_forward_passes: Forward passes that this took.
+        converged: Whether what was sought was found.
         num_evaluations: Evaluations or products spent.
         num_passes: Passes over the data.
         seconds: Wall time.
@@ -91,8 +98,15 @@ class ScalarResult(Record):
 
     value: float
     stderr: float | None = None
+    interval: tuple[float, float] | None = None
     samples: Tensor | None = None
     about: str | None = None
+    critical_step: float | None = None
+    directional_curvature: float | None = None
+    steps: Tensor | None = None
+    losses: Tensor | None = None
+    num_forward_passes: int | None = None
+    converged: bool = True
     num_evaluations: int
     num_passes: int
     seconds: float
@@ -106,6 +120,10 @@ class ScalarResult(Record):
     @property
     def doubt(self) -> str:
         """Return how far to trust the value, in a few words."""
+        if not self.converged:
+            return "NOT converged"
+        if self.interval is not None:
+            return f"between {self.interval[0]:.4g} and {self.interval[1]:.4g}"
         found = "exact up to rounding" if self.stderr is None else f"± {self.stderr:.2g} (standard error)"
         return found if self.about is None else f"{found}, {self.about}"
 
@@ -117,7 +135,7 @@ class ScalarResult(Record):
         )
 
     def plot(self, ax: Axes | None = None, **style: Any) -> Axes:
-        """Draw the number with its standard error on ``ax`` (a new one if ``None``) and return the axes."""
+        """Draw the number with its standard error, or the losses it was read off, and return the axes."""
         from sharpness.plotting import plot_scalar
 
         return plot_scalar(self, ax=ax, **style)
