@@ -20,7 +20,9 @@ def net():
 
 
 def run(make_model=net, train=TRAIN, **options):
-    settings = {"batch_sizes": (4, 30), "seeds": 2, "stop_loss": 0.1, "lr": 0.2, "metrics": ["top_eigenvalues"]}
+    settings = {"batch_sizes": (4, 30), "seeds": 2, "stop_loss": 0.1, "metrics": ["top_eigenvalues"]}
+    if not callable(options.get("optimizer")):
+        settings["lr"] = 0.2
     return sharpness.compare_batch_sizes(make_model, train, TEST, **{**settings, **options})
 
 
@@ -33,7 +35,7 @@ def test_trains_to_the_stop_loss_and_reports_what_it_took():
         for epochs, updates in zip(row.epochs.values, row.updates.values, strict=True):
             assert (epochs - 1) * updates_per_epoch < updates <= epochs * updates_per_epoch
         assert len(row.train_loss.values) == 2
-    assert comparison.warnings == ()
+    assert not any("did not reach" in text or "not matched" in text for text in comparison.warnings)
     assert comparison.settings["batch_sizes"] == [4, 30]
     assert comparison.settings["optimizer"] == "sgd"
 
@@ -60,6 +62,19 @@ def test_all_batch_sizes_start_from_the_same_weights_and_seeds_differ():
     assert torch.equal(made[0], made[1])
     assert torch.equal(made[2], made[3])
     assert not torch.equal(made[0], made[2])
+
+
+def test_seeds_that_start_alike_are_noted():
+    def seeded():
+        torch.manual_seed(0)
+        return net()
+
+    def noted(*arguments, **options):
+        return any("all seeds start from the same weights" in note for note in run(*arguments, **options).notes)
+
+    assert noted(seeded, max_epochs=1)
+    assert not noted(seeded, max_epochs=1, seeds=1)
+    assert not noted(max_epochs=1)
 
 
 def test_same_seed_same_table_and_the_global_state_is_left_alone():
@@ -168,5 +183,5 @@ def test_factories_that_do_not_make_new_models():
 
 
 def test_a_training_that_diverges_is_named():
-    with pytest.raises(NonFiniteError, match="training with batch size 4 diverged in epoch .* Lower lr"):
+    with pytest.raises(NonFiniteError, match="training with batch size 4 and seed 0 diverged in epoch 1: .* Lower lr"):
         run(lr=1e38)
