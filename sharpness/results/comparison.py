@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import os
+import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
 
@@ -12,9 +14,18 @@ from tabulate import tabulate
 from torch import Tensor
 
 from sharpness._record import Record
+from sharpness._write import write_text
+from sharpness.results.comparison_lines import comparison_lines, least_certain
+from sharpness.results.present import comparison_page
+from sharpness.results.tidy import comparison_csv
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_SHOWN = 3  # metrics in a repr
+_NAMED = 8  # rows in a repr
+_WIDTH = 40  # of the names of quantities on a terminal
 
 
 @final
@@ -24,7 +35,7 @@ class Spread(Record):
 
     Attributes:
         mean: Mean over the seeds.
-        std: Sample standard deviation; NaN for a single seed.
+        std: Sample standard deviation; NaN for a single seed, or where a value is not finite.
         values: One number per seed.
     """
 
@@ -36,7 +47,10 @@ class Spread(Record):
     def of(cls, values: Iterable[float]) -> Spread:
         """Summarise ``values``, one per seed."""
         kept = tuple(float(value) for value in values)
-        std = float(np.std(kept, ddof=1)) if len(kept) > 1 else math.nan
+        known = len(kept) > 1 and all(map(math.isfinite, kept))
+        std = float(np.std(kept, ddof=1)) if known else math.nan
+        if known and len(set(kept)) == 1:
+            std = 0.0  # not the rounding of the mean
         return cls(mean=float(np.mean(kept)) if kept else math.nan, std=std, values=kept)
 
     def __repr__(self) -> str:
@@ -59,10 +73,22 @@ class ComparisonRow(Record):
         test_loss: Mean loss over the test data; ``None`` without any.
         train_accuracy: Fraction of the training data classified correctly; ``None`` where there are no classes.
         test_accuracy: Likewise for the test data.
+        loss_gap: The generalisation gap, test loss less training loss, seed by seed; ``None`` without test data.
+        accuracy_gap: Training accuracy less test accuracy, likewise.
         epochs: Epochs that the training took; ``None`` for a model that was given trained.
         updates: Steps of the optimizer, likewise.
         seconds: Wall time of the training, likewise.
-        metrics: Name of each metric -> its value over the seeds.
+        samples: Samples that were processed, as often as they were, likewise.
+        learning_rate: Learning rate of the first group of parameters, after a warm-up, likewise.
+        weight_norm: Euclidean length of the parameters measured.
+        logit_norm: Mean length of the logits of a sample of the training data, centred; ``None`` where there are no
+            classes.
+        distance_from_initial: Euclidean distance of the parameters measured from where the training started; ``None``
+            where that is not known.
+        gradient_norm: Length of the gradient of the training loss; ``None`` where the minimum was not checked.
+        newton_decrease: By how much a Newton step would still lower the training loss, at least (see `compare`).
+        least_curvature: Least curvature met on the way to that, an upper bound of the smallest eigenvalue.
+        metrics: Name of each metric -> its value over the seeds; a metric that does not apply is left out.
         records: Name of each metric -> the record of each seed, with its doubt, price and provenance.
     """
 
@@ -71,15 +97,32 @@ class ComparisonRow(Record):
     test_loss: Spread | None = None
     train_accuracy: Spread | None = None
     test_accuracy: Spread | None = None
+    loss_gap: Spread | None = None
+    accuracy_gap: Spread | None = None
     epochs: Spread | None = None
     updates: Spread | None = None
     seconds: Spread | None = None
+    samples: Spread | None = None
+    learning_rate: Spread | None = None
+    weight_norm: Spread | None = None
+    logit_norm: Spread | None = None
+    distance_from_initial: Spread | None = None
+    gradient_norm: Spread | None = None
+    newton_decrease: Spread | None = None
+    least_curvature: Spread | None = None
     metrics: dict[str, Spread]
     records: dict[str, tuple[Record, ...]] = field(default_factory=dict)
 
+    @property
+    def doubts(self) -> dict[str, str]:
+        """Return for each metric how far to trust its least certain measurement, in a few words."""
+        return {name: worst.doubt for name, worst in ((n, least_certain(r)) for n, r in self.records.items()) if worst}
+
     def __repr__(self) -> str:
-        values = ", ".join(f"{name}={spread!r}" for name, spread in self.metrics.items())
-        return f"ComparisonRow({self.name!r}, train_loss={self.train_loss!r}, {values})"
+        shown = list(self.metrics.items())[:_SHOWN]
+        values = "".join(f", {name}={spread!r}" for name, spread in shown)
+        more = f", ... {len(self.metrics)} metrics" if len(self.metrics) > _SHOWN else ""
+        return f"ComparisonRow({self.name!r}, train_loss={self.train_loss!r}{values}{more})"
 
 
 @final
@@ -90,25 +133,39 @@ class Comparison(Record):
     Attributes:
         rows: One `ComparisonRow` per model or batch size.
         ratios: Name of each metric -> one `Spread` per row, of its ratios to the first row. Seeds are paired
-            where the rows have equally many, so that the spread is that of the ratio.
+            where the rows have equally many, so that the spread is that of the ratio; NaN where one has no value.
+        ratio_intervals: Name of each metric -> the 95 % interval of each row's ratio to the first row: of the ratio of
+            geometric means over several seeds, or of one seed's measurements; ``None`` where nothing is known.
+        distances: ``(rows, rows)`` Euclidean distances between the parameters measured, in the mean over the seeds;
+            ``None`` where the shapes differ.
         warnings: What makes the comparison unfair, in words.
+        notes: What else to know before quoting it, likewise.
         seconds: Wall time, training included.
         settings: What the call resolved to.
     """
 
     rows: tuple[ComparisonRow, ...]
     ratios: dict[str, tuple[Spread, ...]]
+    ratio_intervals: dict[str, tuple[tuple[float, float] | None, ...]] = field(default_factory=dict)
+    distances: tuple[tuple[float | None, ...], ...] = ()
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     seconds: float
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        names = ", ".join(row.name for row in self.rows)
-        last = ", ".join(f"{name} x{spreads[-1]!r}" for name, spreads in self.ratios.items())
-        return f"Comparison([{names}]; last against first: {last}; {len(self.warnings)} warnings)"
+        names = ", ".join(row.name for row in self.rows[:_NAMED]) + ", ..." * (len(self.rows) > _NAMED)
+        last = ", ".join(f"{name} x{spreads[-1]!r}" for name, spreads in list(self.ratios.items())[:_SHOWN])
+        more = f", ... {len(self.ratios)} metrics" if len(self.ratios) > _SHOWN else ""
+        return f"Comparison([{names}]; last against first: {last}{more}; {len(self.warnings)} warnings)"
 
     def __str__(self) -> str:
-        return "\n".join([self.table(), *(f"warning: {text}" for text in self.warnings)])
+        warnings, notes = (f"warning: {text}" for text in self.warnings), (f"note: {text}" for text in self.notes)
+        return "\n".join([self.table(), *warnings, *notes])
+
+    def _repr_html_(self) -> str:
+        """Return the table and the warnings for a notebook."""
+        return comparison_page(self, figures=False).fragment()
 
     def __getitem__(self, name: str) -> ComparisonRow:
         """Return the row of this name."""
@@ -118,38 +175,59 @@ class Comparison(Record):
         raise KeyError(f"no row {name!r}; the rows are {[row.name for row in self.rows]}")
 
     def table(self, *, tablefmt: str = "simple") -> str:
-        """Return the rows as a table, in any format that the package ``tabulate`` knows."""
-        columns: Mapping[str, list[Any]] = {
-            "": [row.name for row in self.rows],
-            "epochs": [row.epochs for row in self.rows],
-            "updates": [row.updates for row in self.rows],
-            "train loss": [row.train_loss for row in self.rows],
-            "test loss": [row.test_loss for row in self.rows],
-            "train accuracy": [_percent(row.train_accuracy) for row in self.rows],
-            "test accuracy": [_percent(row.test_accuracy) for row in self.rows],
-            **{name: [row.metrics.get(name) for row in self.rows] for name in self.ratios},
-        }
-        filled = {title: cells for title, cells in columns.items() if any(cell is not None for cell in cells)}
-        body = list(map(list, zip(*filled.values(), strict=True)))
-        if len(self.rows) > 1:
-            last = {name: spreads[-1] for name, spreads in self.ratios.items()}
-            titles = list(filled)[1:]
-            body.append([f"{self.rows[-1].name} / {self.rows[0].name}", *(last.get(title, "") for title in titles)])
-        text = [["" if cell is None else str(cell) for cell in line] for line in body]
-        return tabulate(text, headers=list(filled), tablefmt=tablefmt, disable_numparse=True)
+        """Return the quantities as lines and the rows as columns, in any format that the package ``tabulate`` knows.
+
+        Below each metric stand how far its least certain measurement can be trusted, and the ratio to the first row:
+        the geometric mean over the seeds, with its 95 % interval.
+        """
+        headers = ["", *(row.name for row in self.rows)]
+        lines = comparison_lines(self)
+        if tablefmt == "simple":  # a terminal is narrow, and the other formats have no lines within a cell
+            lines = [[_wrapped(line[0]), *line[1:]] for line in lines]
+        return tabulate(lines, headers=headers, tablefmt=tablefmt, disable_numparse=True)
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the comparison as one self-contained page, and write it to ``path`` if there is one.
+
+        Raises:
+            ArgumentError: If the file cannot be written; an older one is then left as it was.
+        """
+        page = comparison_page(self).html()
+        if path is not None:
+            write_text(path, page)
+        return page
+
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return one line per row, seed and quantity as CSV, and write it to ``path`` if there is one.
+
+        The columns are ``row``, ``seed`` (0 for the first model of a row), ``quantity``, ``value``, and where a metric
+        tells them ``stderr``, ``low`` and ``high`` (its interval), ``converged``, ``doubt`` (in words), ``passes`` and
+        ``seconds``. What is NaN or not known is empty. Ratios are left out: they follow from the values.
+
+        Raises:
+            ArgumentError: If the file cannot be written; an older one is then left as it was.
+        """
+        text = comparison_csv(self)
+        if path is not None:
+            write_text(path, text)
+        return text
 
     def plot(self, ax: Axes | None = None, *, metric: str | None = None, **style: Any) -> Axes:
-        """Draw one metric (the first if ``None``) of each row on ``ax`` and return the axes."""
+        """Draw one metric of each row (the first if ``None``), or a field such as ``"test_accuracy"``, on ``ax``."""
         from sharpness.plotting import plot_comparison
 
         return plot_comparison(self, ax=ax, metric=metric, **style)
 
+    def figure(self, **style: Any) -> Figure:
+        """Draw all that is known of each row, one panel each, against the batch size where names are batch sizes."""
+        from sharpness.plotting import plot_sweep
 
-def _percent(spread: Spread | None) -> str | None:
-    if spread is None:
-        return None
-    scaled = Spread.of(100 * value for value in spread.values)
-    return f"{scaled!r} %"
+        return plot_sweep(self, **style)
+
+
+def _wrapped(title: str) -> str:
+    """Break a long title before its options, and where else it has to."""
+    return title if len(title) <= _WIDTH else "\n".join(textwrap.wrap(title.replace("(", " (", 1), _WIDTH))
 
 
 @final
