@@ -9,9 +9,13 @@ from sharpness._record import Record
 from sharpness.results.comparison import Comparison, ComparisonRow, InterpolationResult, Spread
 from sharpness.results.eigen import EigenResult, SampleInterval
 from sharpness.results.epsilon import EpsilonSharpnessResult
+from sharpness.results.landscape import LandscapeResult
 from sharpness.results.layerwise import LayerwiseResult
 from sharpness.results.perturbation import PerturbationResult, ScalarResult
+from sharpness.results.piggyback import PiggybackResult
 from sharpness.results.report import Report
+from sharpness.results.training import LearningRateResult, NoiseResult
+from sharpness.results.trajectory import TrajectoryComparison, TrajectoryResult
 
 __all__ = [
     "Comparison",
@@ -19,11 +23,17 @@ __all__ = [
     "EigenResult",
     "EpsilonSharpnessResult",
     "InterpolationResult",
+    "LandscapeResult",
     "LayerwiseResult",
+    "LearningRateResult",
+    "NoiseResult",
     "PerturbationResult",
+    "PiggybackResult",
     "Record",
     "Report",
     "SampleInterval",
     "ScalarResult",
     "Spread",
+    "TrajectoryComparison",
+    "TrajectoryResult",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING, Any, final
 from tabulate import tabulate
 
 from sharpness._record import Record
+from sharpness._write import write_text
+from sharpness.results.present import layerwise_page
+from sharpness.results.tidy import mapping_csv
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,6 +66,35 @@ class LayerwiseResult(Record, Mapping[str, Any]):
     def __str__(self) -> str:
         body = [[name, self.num_parameters[name], repr(record)] for name, record in self.records.items()]
         return tabulate(body, headers=["layer", "parameters", str(self.settings.get("metric"))], disable_numparse=True)
+
+    def _repr_html_(self) -> str:
+        """Return the table for a notebook."""
+        return layerwise_page(self, figures=False).fragment()
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the layers as one self-contained page, and write it to ``path`` if there is one.
+
+        Raises:
+            ArgumentError: If the file cannot be written; an older one is then left as it was.
+        """
+        page = layerwise_page(self).html()
+        if path is not None:
+            write_text(path, page)
+        return page
+
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return one line per layer as CSV, and write it to ``path`` if there is one.
+
+        The columns are ``layer``, ``value``, ``stderr``, ``low`` and ``high`` (the interval), ``converged``, ``doubt``
+        (in words), ``passes`` and ``seconds``. What is NaN or not known is empty.
+
+        Raises:
+            ArgumentError: If the file cannot be written; an older one is then left as it was.
+        """
+        text = mapping_csv(self, "layer")
+        if path is not None:
+            write_text(path, text)
+        return text
 
     def plot(self, ax: Axes | None = None, **style: Any) -> Axes:
         """Draw the metric of each layer as a bar on ``ax`` (a new one if ``None``) and return the axes."""

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import html
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from tabulate import tabulate
 
 from sharpness._record import Record
+from sharpness._write import write_text
+from sharpness.results.present import report_page
+from sharpness.results.tidy import mapping_csv
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_STYLE = (
-    "body{font-family:system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-    "table{border-collapse:collapse}th,td{text-align:left;padding:.3rem .8rem;border-bottom:1px solid #ccc}"
-)
 
 
 @final
@@ -61,9 +57,8 @@ class Report(Record, Mapping[str, Any]):
         return "\n".join([self._title(), "", self.table(), *self._notes()])
 
     def _repr_html_(self) -> str:
-        """Return the table for a notebook."""
-        paragraphs = [f"<p>{html.escape(text)}</p>" for text in (self._title(), *self._notes())]
-        return "\n".join([paragraphs[0], self.table(tablefmt="html"), *paragraphs[1:]])
+        """Return the table, and what was skipped, for a notebook."""
+        return report_page(self, figures=False).fragment()
 
     def table(self, *, tablefmt: str = "simple") -> str:
         """Return the measures as a table, in any format that the package ``tabulate`` knows."""
@@ -75,23 +70,29 @@ class Report(Record, Mapping[str, Any]):
         return tabulate(body, headers=headers, tablefmt=tablefmt, disable_numparse=True)
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return the report as one self-contained page, and write it to ``path`` if there is one."""
-        settings = [[str(name), str(value)] for name, value in self.settings.items()]
-        page = "\n".join(
-            [
-                "<!DOCTYPE html>",
-                '<html lang="en"><head><meta charset="utf-8"><title>Sharpness report</title>',
-                f"<style>{_STYLE}</style></head><body>",
-                "<h1>Sharpness report</h1>",
-                self._repr_html_(),
-                "<h2>Settings</h2>",
-                tabulate(settings, headers=["setting", "value"], tablefmt="html", disable_numparse=True),
-                "</body></html>",
-            ]
-        )
+        """Return the report as one self-contained page, and write it to ``path`` if there is one.
+
+        Raises:
+            ArgumentError: If the file cannot be written; an older one is then left as it was.
+        """
+        page = report_page(self).html()
         if path is not None:
-            Path(path).write_text(page, encoding="utf-8")
+            write_text(path, page)
         return page
+
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return one line per measure as CSV, and write it to ``path`` if there is one.
+
+        The columns are ``metric``, ``value``, ``stderr``, ``low`` and ``high`` (the interval), ``converged``, ``doubt``
+        (in words), ``passes`` and ``seconds``. What is NaN or not known is empty.
+
+        Raises:
+            ArgumentError: If the file cannot be written; an older one is then left as it was.
+        """
+        text = mapping_csv(self, "metric")
+        if path is not None:
+            write_text(path, text)
+        return text
 
     def plot(self, ax: Axes | None = None, **style: Any) -> Axes:
         """Draw every measure as a bar on ``ax`` (a new one if ``None``) and return the axes."""
