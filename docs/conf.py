@@ -44,6 +44,7 @@ autodoc_type_aliases = {
         "BatchLoss",
         "CurvatureName",
         "Grouping",
+        "Initial",
         "LossFn",
         "Method",
         "Metric",
@@ -61,7 +62,7 @@ napoleon_numpy_docstring = False
 # Other projects' names are not links: the build fetches nothing.
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|numpy|np|os|re|scipy|torch|nn|matplotlib)\..*"),
-    ("py:.*", r"Any|Axes|Callable|Iterable|Literal|Mapping|Module|Optimizer|Parameter|Tensor"),
+    ("py:.*", r"Any|Axes|Callable|DataLoader|Figure|Iterable|Literal|Mapping|Module|Optimizer|Parameter|Tensor"),
     ("py:class", r"sharpness\._record\.R"),
 ]
 

@@ -4,13 +4,14 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
 
 import sharpness
 
 ROOT = Path(sharpness.__file__).parent
 MAX_LINES = 400
 
-BASE = {"errors", "results", "_record", "_checks", "_progress", "_version", "_warn"}
+BASE = {"errors", "results", "_record", "_checks", "_progress", "_version", "_warn", "_write"}
 ALLOWED = {
     "errors": set(),
     "_version": set(),
@@ -18,7 +19,8 @@ ALLOWED = {
     "_warn": {"errors"},
     "_progress": {"_checks"},
     "_record": {"errors"},
-    "results": {"errors", "_record"},
+    "_write": {"errors", "_checks"},
+    "results": {"errors", "_record", "_write"},
     "datasets": {"_checks"},
     "linalg": BASE,
     "objective": BASE,  # a sibling of linalg: neither sees the other
@@ -27,7 +29,7 @@ ALLOWED = {
     "plotting": {"results", "errors"},
     "comparison": BASE | {"metrics", "objective"},
     "demo": BASE | {"comparison", "datasets"},
-    "cli": BASE | {"demo"},
+    "cli": BASE | {"demo", "comparison", "metrics", "objective", "datasets"},
     "__main__": {"cli"},
 }
 DEFERRED = {("results", "plotting")}  # Result.plot() reaches up for its picture
@@ -71,6 +73,42 @@ def wrong_arrows():
 
 def test_imports_point_one_way():
     assert wrong_arrows() == []
+
+
+def private_parts(path):
+    """Return the private names that a file defines, and those it uses: name, line, and layer where that is plain."""
+    tree = ast.parse(path.read_text())
+    own, used = set(), []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            own.add(node.name)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sharpness."):
+            used += [
+                (alias.name, node.lineno, layer_of(ROOT / Path(*node.module.split(".")[1:]))) for alias in node.names
+            ]
+        elif isinstance(node, ast.Attribute):
+            mine = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            own.add(node.attr) if mine else used.append((node.attr, node.lineno, None))
+    hidden = {name for name in own if name.startswith("_") and not name.startswith("__")}
+    return hidden, [use for use in used if use[0].startswith("_") and not use[0].startswith("__")]
+
+
+def test_no_layer_reaches_into_the_private_parts_of_another():
+    files = {path: private_parts(path) for path in ROOT.rglob("*.py")}
+    own = {}
+    for path, (hidden, _) in files.items():
+        own.setdefault(layer_of(path), set()).update(hidden)
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} {name}"
+        for path, (_, used) in files.items()
+        for name, line, origin in used
+        if not hasattr(torch.Tensor, name)
+        and (
+            origin not in (None, layer_of(path))
+            or (name not in own[layer_of(path)] and any(name in names for names in own.values()))
+        )
+    ]
+    assert wrong == []
 
 
 def test_every_layer_is_in_the_table():

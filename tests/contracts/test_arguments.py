@@ -18,7 +18,11 @@ METRICS = [
     sharpness.pac_bayes_sharpness,
     sharpness.relative_flatness,
     sharpness.fisher_rao_norm,
+    sharpness.gradient_noise_scale,
+    sharpness.learning_rate_limit,
+    sharpness.critical_sharpness,
     sharpness.report,
+    sharpness.landscape,
 ]
 NONSENSE = object()
 CASES = [
@@ -40,6 +44,21 @@ class Untouchable:
 def test_nonsense_is_refused_by_name_before_data_are_touched(function, name):
     with pytest.raises(ArgumentError, match=f"`{name}`"):
         function(nn.Linear(2, 2), Untouchable(), **{name: NONSENSE})
+
+
+TRAININGS = [
+    (function, name)
+    for function in (sharpness.compare_batch_sizes, sharpness.piggyback)
+    for name in list(inspect.signature(function).parameters)[3:]
+    if name != "optimizer"  # any callable is one, until it is called
+]
+
+
+@pytest.mark.parametrize(("function", "name"), TRAININGS, ids=lambda x: getattr(x, "__name__", x))
+def test_nonsense_is_refused_by_name_before_anything_is_trained(function, name):
+    data = (torch.zeros(600, 2), torch.zeros(600, dtype=torch.long))
+    with pytest.raises(ArgumentError, match=f"`{name}`"):
+        function(lambda: pytest.fail("made a model"), data, data, **{name: NONSENSE})
 
 
 @pytest.mark.parametrize(

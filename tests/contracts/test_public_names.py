@@ -40,6 +40,19 @@ def test_every_public_name_is_in_the_reference(module):
     assert {name for name in names if name not in text} == set()
 
 
+def test_landscapes_take_the_common_options_too():
+    parameters = inspect.signature(sharpness.landscape).parameters
+    assert list(parameters)[:3] == ["model", "loader", "loss_fn"]
+    assert {name: parameters[name].default for name in COMMON} == COMMON
+
+
+def test_trackers_take_the_common_options_too():
+    parameters = inspect.signature(sharpness.SharpnessTracker).parameters
+    assert list(parameters)[:2] == ["loader", "loss_fn"]
+    assert {name: parameters[name].default for name in COMMON} == COMMON
+    assert parameters["on_failure"].default == "warn"
+
+
 @pytest.mark.parametrize("function", [*METRICS.values(), sharpness.report])
 def test_metrics_take_model_loader_loss_and_the_common_options(function):
     parameters = inspect.signature(function).parameters

@@ -16,18 +16,38 @@ from tests.zoo import tanh_net
 
 PROBLEM = tanh_net()
 MODEL, LOADER = PROBLEM.model, PROBLEM.loader
+DATA = tuple(torch.cat(parts) for parts in zip(*LOADER, strict=True))
+
+
+def tracked():
+    tracker = sharpness.SharpnessTracker(LOADER, metrics=["top_eigenvalues", "fisher_rao_norm"], test_loader=LOADER)
+    tracker.measure(MODEL)
+    tracker.step(MODEL, torch.optim.SGD(MODEL.parameters(), lr=0.1))
+    return tracker.result
+
+
 MAKERS = {
     "EigenResult": lambda: sharpness.top_eigenvalues(MODEL, LOADER, k=3, vectors=True),
     "EpsilonSharpnessResult": lambda: sharpness.epsilon_sharpness(MODEL, LOADER),
     "PerturbationResult": lambda: sharpness.worst_case_sharpness(MODEL, LOADER, group_size=4),
     "ScalarResult": lambda: sharpness.relative_flatness(MODEL, LOADER, method="hutchinson", num_samples=2),
+    "NoiseResult": lambda: sharpness.gradient_noise_scale(MODEL, LOADER, on_failure="ignore"),
+    "LearningRateResult": lambda: sharpness.learning_rate_limit(MODEL, LOADER),
+    "PiggybackResult": lambda: sharpness.piggyback(
+        lambda: tanh_net().model, DATA, DATA, batch_sizes=(4, 8), switch_epochs=(0, 1), epochs=1, seeds=1
+    ),
     "Report": lambda: sharpness.report(MODEL, LOADER, metrics=["top_eigenvalues", "fisher_rao_norm"]),
     "Comparison": lambda: sharpness.compare({"a": MODEL, "b": tanh_net(1).model}, LOADER, test_loader=LOADER),
     "InterpolationResult": lambda: sharpness.interpolate(MODEL, tanh_net(1).model, LOADER, alphas=[0.0, 1.0]),
     "ComparisonRow": lambda: sharpness.compare({"a": MODEL}, LOADER).rows[0],
+    "LandscapeResult": lambda: sharpness.landscape(MODEL, LOADER, dims=2, steps=3),
     "LayerwiseResult": lambda: sharpness.per_layer("top_eigenvalues", MODEL, LOADER),
     "SampleInterval": lambda: (
         sharpness.top_eigenvalues(MODEL, [*LOADER, *LOADER], max_batches=3, sample_interval=True).sample_interval
+    ),
+    "TrajectoryResult": lambda: tracked(),
+    "TrajectoryComparison": lambda: sharpness.trajectory(
+        lambda: torch.nn.Linear(3, 3), (torch.eye(3), torch.arange(3)), batch_sizes=(1, 3), max_epochs=1, lr=1e-3
     ),
     "Spread": lambda: Spread.of([1.0, float("nan"), float("inf")]),
 }
@@ -151,3 +171,4 @@ def test_reprs_say_value_and_doubt(records):
     assert "a lower bound" in repr(records["EpsilonSharpnessResult"])
     assert repr(Spread.of([2.0])) == "2"
     assert repr(Spread.of([1.0, 3.0])) == "2.0 ± 1.4"
+    assert repr(Spread.of([0.05] * 3)) == "0.05"  # the mean of three of them is another number

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sharpness
@@ -9,6 +10,14 @@ from tests.checks import assert_untouched
 from tests.zoo import tanh_net
 
 PROBLEM = tanh_net()
+
+
+def tracked(**options):
+    tracker = sharpness.SharpnessTracker(LOADER, metrics=["top_eigenvalues", "average_case_sharpness"], **options)
+    tracker.step(PROBLEM.model)
+    return tracker.result
+
+
 CALLS = {
     "lanczos": lambda **o: sharpness.top_eigenvalues(PROBLEM.model, LOADER, k=2, vectors=True, **o),
     "power": lambda **o: sharpness.top_eigenvalues(PROBLEM.model, LOADER, method="power", vectors=True, **o),
@@ -18,15 +27,34 @@ CALLS = {
     "low-pass": lambda **o: sharpness.low_pass_sharpness(PROBLEM.model, LOADER, num_samples=2, **o),
     "pac-bayes": lambda **o: sharpness.pac_bayes_sharpness(PROBLEM.model, LOADER, num_samples=2, target="loss", **o),
     "flatness": lambda **o: sharpness.relative_flatness(PROBLEM.model, LOADER, method="hutchinson", num_samples=2, **o),
+    "noise": lambda **o: sharpness.gradient_noise_scale(PROBLEM.model, LOADER, batch_size=2, on_failure="ignore", **o),
+    "limit": lambda **o: sharpness.learning_rate_limit(PROBLEM.model, LOADER, **o),
+    "critical": lambda **o: sharpness.critical_sharpness(PROBLEM.model, LOADER, **o),
+    "landscape": lambda **o: sharpness.landscape(PROBLEM.model, LOADER, steps=3, **o),
+    "track": lambda **o: tracked(**o),
     "compare": lambda **o: sharpness.compare({"a": PROBLEM.model}, LOADER, **o),
+    "batch sizes": lambda **o: sharpness.compare_batch_sizes(
+        small_net, (x, y), (x, y), batch_sizes=(4, 8), seeds=1, epochs=1, metrics=["fisher_rao_norm"], **o
+    ),
 }
+
+
+def small_net():
+    return nn.Linear(x.shape[1], 3, dtype=x.dtype)
+
+
 x, y = (torch.cat(parts) for parts in zip(*PROBLEM.loader, strict=True))
 LOADER = DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True)
 
 
+def timeless(plain):
+    kept = {name: value for name, value in plain.items() if name not in ("seconds", "rows")}
+    return {name: timeless(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+
 def numbers(record):
     plain = record.to_dict(vectors=True) if hasattr(record, "eigenvectors") else record.to_dict()
-    return {name: value for name, value in plain.items() if name not in ("seconds", "rows")}, (
+    return timeless(plain), (
         [row.metrics[m].values for row in record.rows for m in row.metrics] if hasattr(record, "rows") else None
     )
 

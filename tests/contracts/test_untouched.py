@@ -31,6 +31,14 @@ class Fragile(nn.Module):
 
 
 LOADER = [(x.float(), y) for x, y in batches(features(3), torch.arange(11) % 3)]
+
+
+def track(model, loader, loss_fn):
+    metrics = ["top_eigenvalues", "critical_sharpness"]
+    tracker = sharpness.SharpnessTracker(loader, loss_fn, metrics=metrics, test_loader=loader, on_failure="ignore")
+    tracker.step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
 CALLS = {
     "top_eigenvalues": lambda m, data, f: sharpness.top_eigenvalues(m, data, f, k=2, on_failure="ignore"),
     "power": lambda m, data, f: sharpness.top_eigenvalues(m, data, f, method="power", on_failure="ignore"),
@@ -45,7 +53,12 @@ CALLS = {
     ),
     "relative_flatness": lambda m, data, f: sharpness.relative_flatness(m, data, f, layer="first"),
     "fisher_rao_norm": lambda m, data, f: sharpness.fisher_rao_norm(m, data, f),
+    "gradient_noise_scale": lambda m, data, f: sharpness.gradient_noise_scale(m, data, f, on_failure="ignore"),
+    "learning_rate_limit": lambda m, data, f: sharpness.learning_rate_limit(m, data, f, on_failure="ignore"),
+    "critical_sharpness": lambda m, data, f: sharpness.critical_sharpness(m, data, f, on_failure="ignore"),
     "compare": lambda m, data, f: sharpness.compare({"a": m}, data, f),
+    "landscape": lambda m, data, f: sharpness.landscape(m, data, f, dims=2, steps=3),
+    "track": track,
     "interpolate": lambda m, data, f: sharpness.interpolate(m, Fragile(), data, f),
 }
 

@@ -9,16 +9,17 @@ P1 P6 P7              density and trace are not measured yet (P1 calls a removed
                       trace too early)
 H3 H17                no data-parallel ranks and no sharded models; the page on models says what to do
 H8                    power iteration has no momentum, which is what biased it
-L1 L2 L3 L4 L5        no landscapes on planes, no density
-S4 S5 S6 S7           no random directions, no planes
-nngeom noise scale,   not measured yet
-Fisher diagonal
+L5                    no density
+S7                    no second device here
+nngeom Fisher         not measured yet
+diagonal
 tml-epfl              no worst-case search along gradients
 ====================  ===============================================================================================
 """
 
 import collections
 import copy
+import math
 import re
 from pathlib import Path
 
@@ -495,6 +496,44 @@ def test_S1_S2_S3_interpolation_starts_at_the_start_and_changes_neither_model():
     whole(a).backward()
 
 
+def test_L1_S4_random_directions_are_nearly_orthogonal_and_as_long_as_the_weights():
+    model = nn.Sequential(nn.Linear(4, 300), nn.Tanh(), nn.Linear(300, CLASSES)).double()
+    found = [sharpness.landscape(model, split(28, 2), dims=2, steps=3, seed=seed) for seed in range(4)]
+    assert all(abs(result.cosine) < 5 / 2100**0.5 for result in found)
+    length = math.sqrt(sum(p.square().sum().item() for p in model.parameters() if p.ndim > 1))
+    for result in found:
+        assert result.direction_norms.tolist() == pytest.approx([length, length], rel=1e-9)
+
+
+def test_L2_L3_nothing_is_added_to_a_flat_surface_and_nothing_is_filled_in():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(2, 1, dtype=torch.float64))
+
+        def forward(self, x):
+            return 1.0 + 0 * (self.w + 1.5).sqrt().sum()  # NaN beyond -1.5
+
+    along = [[torch.eye(2, dtype=torch.float64)[:, i : i + 1]] for i in range(2)]
+    result = sharpness.landscape(Flat(), [X], batch_loss=by_rows, directions=along, dims=2, extent=2.0, steps=5)
+    assert result.loss[0].isnan().all()
+    assert result.loss[:, 0].isnan().all()
+    assert (result.loss[1:, 1:] == 1.0).all()
+
+
+def test_L4_S5_S6_coordinates_are_the_offsets_and_every_row_starts_at_the_same_end():
+    model = Quadratic(torch.diag(spectrum(2.0, 6.0)), torch.zeros(2, dtype=torch.float64))
+    loader = [torch.zeros(5, 2, dtype=torch.float64)]
+    along = list(torch.eye(2, dtype=torch.float64))
+    with assert_untouched(model):
+        result = sharpness.landscape(model, loader, batch_loss=by_rows, directions=along, dims=2, extent=10.0, steps=5)
+    alpha, beta = result.coordinates[:, None], result.coordinates[None, :]
+    assert result.coordinates.tolist() == [-10.0, -5.0, 0.0, 5.0, 10.0]
+    torch.testing.assert_close(result.loss, alpha**2 + 3 * beta**2)
+    with pytest.raises(ArgumentError, match="`steps` must be odd"):
+        sharpness.landscape(model, loader, batch_loss=by_rows, directions=along, dims=2, steps=4)
+
+
 def test_losscape_the_loss_is_that_of_all_samples_of_all_batches():
     model = net()
     for sizes in ((28, 2), (3,) * 10):
@@ -533,6 +572,16 @@ def test_nngeom_as_many_eigenvalues_as_asked_for(k):
     result = sharpness.top_eigenvalues(net(), split(20, 10), k=k)
     assert len(result.eigenvalues) == k
     assert_top(result, top_of(net(), whole))
+
+
+def test_nngeom_noise_scale_is_the_same_for_every_batch_size():
+    for layer in (net(), net(seed=1)):
+        found = [
+            sharpness.gradient_noise_scale(layer, split(*(30 // b) * (b,)), on_failure="ignore") for b in (1, 5, 30)
+        ]
+        for name in ("trace_covariance", "gradient_norm_squared", "value"):
+            assert getattr(found[0], name) == pytest.approx(getattr(found[2], name), rel=1e-9)
+            assert getattr(found[1], name) == pytest.approx(getattr(found[2], name), rel=1e-9)
 
 
 def test_asdl_deflation_survives_running_out_of_steps():
