@@ -25,7 +25,7 @@ _TRAINING: tuple[tuple[str, Any, str, str], ...] = (
     ("batch_sizes", parse_sizes, "LIST", "samples per update, as in 16,64,256; the others are compared with the first"),
     ("seeds", int, "N", "repetitions of everything, with other initial weights"),
     ("optimizer", str, "NAME", "sgd, adam, or MODULE:FUNCTION from parameters to an optimizer"),
-    ("lr", float, "X", "learning rate for the first batch size"),
+    ("lr", float, "X", "learning rate for the first batch size, 0.001 for adam if it is not given"),
     ("momentum", float, "X", "momentum of sgd"),
     (
         "lr_scaling",

@@ -33,7 +33,7 @@ def find_warnings(rows: Sequence[ComparisonRow], groups: Groups, mode: str) -> l
         _logits(rows),
         _weights(rows, groups),
         _minima(groups),
-        _convergence(rows),
+        unconverged(rows),
         _modes(groups, mode),
         _statistics(groups),
         _kinds(groups),
@@ -164,7 +164,8 @@ def _minima(groups: Groups) -> Iterator[str]:
             yield f"{name} is not at a minimum: {'; '.join(reasons)}. Train it longer, or with a lower learning rate."
 
 
-def _convergence(rows: Sequence[ComparisonRow]) -> Iterator[str]:
+def unconverged(rows: Iterable[ComparisonRow]) -> Iterator[str]:
+    """Yield a warning for each metric of a row that did not converge for some of its models."""
     for row in rows:
         for metric, records in row.records.items():
             missed = sum(not getattr(record, "converged", True) for record in records)

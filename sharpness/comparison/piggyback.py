@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from sharpness._checks import check_count, check_memory, check_seed
 from sharpness._progress import check_progress, progress_bar
 from sharpness.comparison.compare import Metric, check_metrics, compare
+from sharpness.comparison.fairness import unconverged
 from sharpness.comparison.grid import Took, check_test_set, missed, recipe_trainer, spreads
 from sharpness.comparison.recipe import LR, MOMENTUM, STOP_LOSS, Recipe, check_batch_sizes
 from sharpness.comparison.schedule import OptimizerFactory
@@ -181,7 +182,7 @@ def piggyback(
         small=tuple(rows["small"]),
         large=tuple(rows["large"]),
         metric=name,
-        warnings=(*late, *_unconverged(rows, name)),
+        warnings=(*late, *_missed_metrics(rows)),
         seconds=time.perf_counter() - started,
         settings={
             **comparison.settings,
@@ -268,18 +269,14 @@ def _copied(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
 
 
-def _unconverged(rows: Mapping[str, Sequence[ComparisonRow]], metric: str) -> list[str]:
+def _missed_metrics(rows: Mapping[str, Sequence[ComparisonRow]]) -> list[str]:
     """Return a warning for each row whose metric did not converge."""
-    found = []
-    for kind, group in rows.items():
-        for row in group:
-            records = row.records[metric]
-            count = sum(not getattr(record, "converged", True) for record in records)
-            if count:
-                found.append(
-                    f"{metric} of {kind} batch, epoch {row.name}, did not converge for {count} of {len(records)}."
-                )
-    return found
+    named = (
+        dataclasses.replace(row, name=f"the {kind} batch at epoch {row.name}")
+        for kind, group in rows.items()
+        for row in group
+    )
+    return list(unconverged(named))
 
 
 def _check_switches(switch_epochs: Any) -> list[int]:

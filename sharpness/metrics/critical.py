@@ -57,8 +57,9 @@ def critical_sharpness(
 
     On a quadratic :math:`\lambda_c = d^\top H d / g^\top d`, which for ``d`` the gradient is a Rayleigh quotient of the
     Hessian and at most its largest eigenvalue; in training it follows :math:`\lambda_1`, and the step that is used
-    exceeds :math:`\eta_c` at the edge of stability. It takes no second derivative, so it works for models of any size
-    and for any attention kernel.
+    exceeds :math:`\eta_c` at the edge of stability. It takes no second derivative, so it works for models of any size,
+    and where an operation has none. (Attention is computed by matrix products here as for all metrics, which takes more
+    memory than a fused kernel.)
 
     The step is bracketed by doubling or halving, and the bracket narrowed around the root of the mean slope
     :math:`(f(\theta - \eta d) - f(\theta)) / \eta`, which is linear in :math:`\eta` where the loss is quadratic; where

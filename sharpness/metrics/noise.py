@@ -53,10 +53,11 @@ def gradient_noise_scale(
 
     Numerator and denominator are unbiased each, :math:`\frac{1}{N-1} \sum_i |g_i - \bar g|^2` and
     :math:`|\bar g|^2 - \mathrm{tr}\,\Sigma / N` over all ``N`` samples, whatever the batches that the loader yields.
-    Standard errors are those of the jackknife over samples. Near a minimum the gradient vanishes and the noise need
-    not: then the estimate of :math:`|G|^2` cannot be told from zero, or is negative, the noise scale is infinite as
-    far as the data tell, and the lower end of ``interval`` is what is known. Where every sample is fitted exactly there
-    is neither, and the value is NaN.
+    Standard errors are those of the jackknife over samples, which come out too small with a few dozen of them.
+
+    Near a minimum the gradient vanishes and the noise need not: then the estimate of :math:`|G|^2` cannot be told from
+    zero, or is negative, the noise scale is infinite as far as the data tell, and the lower end of ``interval`` is what
+    is known. Where every sample is fitted exactly there is neither, and the value is NaN.
 
     A *sample* is a row of the batches, as in a batch size. One with many loss terms (a long sentence) has a larger part
     in ``G`` than one with few, as in the loss itself: :math:`g_i - \bar g` then stands for

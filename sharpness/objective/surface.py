@@ -42,9 +42,8 @@ def evaluate_anywhere(
             for i, batch in objective.batches.walk():
                 reseed(objective.seed, 0, i)
                 terms = functional.terms_here(batch)
-                if terms.weight:
-                    found += terms.weight
-                    yield terms
+                found += terms.weight
+                yield terms  # also without weight: its rows count for the accuracy
             require_terms(found)
 
         objective.batches.settle(objective.passes.room())

@@ -41,6 +41,21 @@ def test_the_barrier_is_the_excess_over_the_straight_line():
     assert bump.barrier == pytest.approx((middle @ -H @ middle).item() / 2 - ends, rel=1e-9)
 
 
+def test_a_batch_without_weight_still_counts_for_the_accuracy():
+    x, y = features(3), torch.arange(11) % 3
+    order = torch.argsort((y > 0).int(), stable=True)  # the first batch holds nothing but class 0, whose weight is 0
+    loader = [(x[order[:4]], y[order[:4]]), (x[order[4:]], y[order[4:]])]
+    criterion = nn.CrossEntropyLoss(weight=torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64))
+    torch.manual_seed(0)
+    a, b = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+    found = sharpness.interpolate(a, b, loader, criterion, alphas=[0.0, 1.0])
+    for model, accuracy in zip((a, b), found.train_accuracy.tolist(), strict=True):
+        assert accuracy == pytest.approx((model(x).argmax(1) == y).double().mean().item(), abs=1e-12)
+        assert accuracy == sharpness.Objective(model, loader, criterion).evaluate().accuracy
+    parted = [(model(x[order[4:]]).argmax(1) == y[order[4:]]).double().mean().item() for model in (a, b)]
+    assert found.train_accuracy.tolist() != parted  # which leaves the first batch out
+
+
 @pytest.mark.parametrize("batch_norm", ["recompute", "interpolate", "keep"])
 @pytest.mark.parametrize("path", ["linear", "curved"])
 def test_the_ends_are_the_models_exactly(path, batch_norm):

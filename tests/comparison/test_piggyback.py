@@ -97,8 +97,8 @@ def test_what_missed_the_stop_is_marked():
 
 def test_metrics_that_did_not_converge_are_marked():
     result = run(metric=("top_eigenvalues", {"num_matvecs": 1}), switch_epochs=(1,))
-    assert "top_eigenvalues of small batch, epoch 1, did not converge for 1 of 1." in result.warnings
-    assert "top_eigenvalues of large batch, epoch 1, did not converge for 1 of 1." in result.warnings
+    assert "top_eigenvalues of the small batch at epoch 1 did not converge for 1 of 1 models." in result.warnings
+    assert "top_eigenvalues of the large batch at epoch 1 did not converge for 1 of 1 models." in result.warnings
     assert result.settings["metric_options"] == {"num_matvecs": 1}
 
 
