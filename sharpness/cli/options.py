@@ -28,9 +28,9 @@ def add_common(parser: argparse.ArgumentParser, *, measured: bool = True) -> Non
     group.add_argument(
         "--metrics",
         metavar="LIST",
-        default="default",
+        action="append",
         help="default, scale-free (but for report), or names with options in brackets: "
-        "'top_eigenvalues(k=3),epsilon_sharpness(epsilon=5e-4)'",
+        "'top_eigenvalues(k=3),epsilon_sharpness(epsilon=5e-4)'; may be given several times",
     )
     group.add_argument(
         "--loss",
@@ -54,12 +54,13 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
 
 
-def parse_metrics(text: str) -> Any:
-    """Return the metrics in ``name,name(option=value)``, as the functions take them.
+def parse_metrics(given: list[str] | None) -> Any:
+    """Return the metrics in lists such as ``name,name(option=value)``, as the functions take them.
 
     Raises:
         ArgumentError: If it cannot be understood.
     """
+    text = ",".join(given or ["default"])
     if text.strip() in PRESETS:
         return text.strip()
     try:

@@ -12,7 +12,7 @@ the first term over ``n`` seeds, Student's; the second over ``m`` random directi
 see the *same* directions, so that neither the error of a model nor of a seed is independent of the others': with
 :math:`x_{ij}` what direction ``j`` gave, :math:`d_j` is the mean over the seeds of
 :math:`x_{ij} / \bar x_i - y_{ij} / \bar y_i`, the linear part of the log-ratio's error. Certified intervals are added
-at the ends, by their mean over the seeds.
+at the ends, by their mean over the seeds; those of estimates, at 95 %, are part of the second term.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm, t
 
+from sharpness.results.headline import interval_of, stderr_of
+
 Interval: TypeAlias = tuple[float, float]
 Values: TypeAlias = NDArray[np.float64]
 
 _LEVEL = 0.975  # of each end
+_NORMAL = float(norm.ppf(_LEVEL))  # standard errors to each side
 _WIDEST = 700.0  # of a logarithm whose exponential is a finite number
 _SAME = 1e-6  # relative difference of a value from the mean of its samples, as an effect of rounding
 
@@ -52,16 +55,12 @@ def ratio_interval(over: Sequence[Any], under: Sequence[Any], *, same_draws: boo
     paired = len(a) == len(b)
     if not paired and min(len(a), len(b)) < 2:
         return None
-    doubts = [_doubt(record) for record in over], [_doubt(record) for record in under]
-    if len(a) == len(b) == 1 and None in (*doubts[0], *doubts[1]):
+    if len(a) == len(b) == 1 and None in (_relative_error(over[0]), _relative_error(under[0])):
         return None  # only a bound, and no seeds to see its scatter
-    ends = _certified(over), _certified(under)
-    if None in ends:
-        return None
     center, half = paired_log_ratio(a, b) if paired else unpaired_log_ratio(a, b)
     noise = _noise_of_draws(over, under, paired=paired and same_draws)
     half = math.hypot(half, noise)
-    (a_low, a_high), (b_low, b_high) = ends  # type: ignore[misc]
+    (a_low, a_high), (b_low, b_high) = _certified(over), _certified(under)
     low, high = a_low - b_high - half, a_high - b_low + half
     if abs(center) + max(-low, high) > _WIDEST:
         return None
@@ -102,56 +101,53 @@ def _one_sign(values: Values) -> bool:
     return bool(np.isfinite(values).all() and len(values) and ((values > 0).all() or (values < 0).all()))
 
 
-def _interval(record: Any) -> Interval | None:
-    """Return the interval that a record carries, if any."""
-    found = getattr(record, "interval", None)
-    if found is None:
-        return None
-    low, high = found[0].tolist() if hasattr(found, "tolist") else found
-    return low, high
+def _sampled(record: Any) -> bool:
+    """Return whether a record's interval is that of an estimate, at 95 % and not for certain."""
+    return interval_of(record) is not None and bool(stderr_of(record))
 
 
-def _doubt(record: Any) -> float | None:
-    """Return the standard error of a record, 0 if it has none because it is exact or has an interval, else ``None``."""
-    error = getattr(record, "stderr", None)
-    if _interval(record) is not None:
+def _log_ends(record: Any) -> Interval:
+    """Return how far a record's interval reaches down and up in logarithms; without end where it holds zero."""
+    low, high = interval_of(record) or (record.headline, record.headline)
+    if low * high <= 0 or not math.isfinite(low) or not math.isfinite(high):
+        return -math.inf, math.inf
+    low, high = sorted((abs(low), abs(high)))
+    value = abs(record.headline)
+    return math.log(low / value), math.log(high / value)
+
+
+def _relative_error(record: Any) -> float | None:
+    """Return the standard error of a record's logarithm, 0 if it is exact or certified, ``None`` if it is a bound."""
+    error = stderr_of(record)
+    if _sampled(record):
+        return max(map(abs, _log_ends(record))) / _NORMAL
+    if interval_of(record) is not None:
         return 0.0
     if error is None:
         return None if getattr(record, "max_loss", None) is not None else 0.0
-    return float(error) if math.isfinite(error) else None
+    return error / abs(record.headline) if math.isfinite(error) else None
 
 
-def _certified(records: Sequence[Any]) -> Interval | None:
-    """Return how far, in logarithms and in the mean over the records, their own intervals reach down and up."""
-    reach = []
-    for record in records:
-        interval, value = _interval(record), abs(record.headline)
-        if interval is None:
-            reach.append((0.0, 0.0))
-            continue
-        low, high = interval
-        if low * high <= 0 or not math.isfinite(low) or not math.isfinite(high):
-            return None
-        low, high = sorted((abs(low), abs(high)))
-        reach.append((math.log(low / value), math.log(high / value)))
-    down, up = np.mean(reach, axis=0)
+def _certified(records: Sequence[Any]) -> Interval:
+    """Return how far, in the mean over the records, their certified intervals reach down and up in logarithms."""
+    down, up = np.mean([(0.0, 0.0) if _sampled(record) else _log_ends(record) for record in records], axis=0)
     return float(down), float(up)
 
 
 def _noise_of_draws(over: Sequence[Any], under: Sequence[Any], *, paired: bool) -> float:
     """Return the half-width that random directions give to the mean log-ratio."""
-    if paired and all(_is_mean(record) for record in (*over, *under)):
+    shares = math.hypot(_mean_error(over), _mean_error(under))
+    if math.isfinite(shares) and paired and all(_is_mean(record) for record in (*over, *under)):
         sizes = {len(record.samples) for record in (*over, *under)}
         if len(sizes) == 1:
             x, y = (np.array([record.samples.tolist() for record in rs]) for rs in (over, under))
             return math.hypot(paired_noise(x, y), _rest(over, x), _rest(under, y))
-    shares = [_relative(over), _relative(under)]
-    return float(norm.ppf(_LEVEL)) * math.hypot(*shares)
+    return _NORMAL * shares
 
 
-def _relative(records: Sequence[Any]) -> float:
+def _mean_error(records: Sequence[Any]) -> float:
     """Return the mean relative standard error: seeds share their directions, so that it does not average out."""
-    return float(np.mean([(_doubt(record) or 0.0) / abs(record.headline) for record in records]))
+    return float(np.mean([_relative_error(record) or 0.0 for record in records]))
 
 
 def _is_mean(record: Any) -> bool:
@@ -167,4 +163,4 @@ def _rest(records: Sequence[Any], samples: Values) -> float:
     own = samples.var(axis=1, ddof=1) / samples.shape[1]
     left = [max(record.stderr**2 - v, 0.0) for record, v in zip(records, own, strict=True)]
     relative = [math.sqrt(x) / abs(record.headline) for record, x in zip(records, left, strict=True)]
-    return float(norm.ppf(_LEVEL)) * float(np.mean(relative))
+    return _NORMAL * float(np.mean(relative))

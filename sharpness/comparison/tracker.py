@@ -24,6 +24,7 @@ from sharpness.objective.reduction import LossFn
 from sharpness.objective.wrappers import unwrap
 from sharpness.results import TrajectoryResult
 from sharpness.results.eigen import as_float64
+from sharpness.results.headline import interval_of, stderr_of
 
 ON_FAILURE = ("warn", "raise", "ignore")
 DEFAULT: tuple[Metric, ...] = ("top_eigenvalues",)
@@ -327,12 +328,7 @@ class SharpnessTracker:
 
 def _interval(record: Any) -> tuple[float, float]:
     """Return the interval of a metric's value, or the value and a standard error to each side, or NaN."""
-    interval, stderr = getattr(record, "interval", None), getattr(record, "stderr", None)
-    if isinstance(interval, Tensor):
-        low, high = interval[0].tolist()
-        return low, high
+    interval, stderr = interval_of(record), stderr_of(record)
     if interval is not None:
-        return float(interval[0]), float(interval[1])
-    if stderr is not None:
-        return record.headline - stderr, record.headline + stderr
-    return math.nan, math.nan
+        return interval
+    return (math.nan, math.nan) if stderr is None else (record.headline - stderr, record.headline + stderr)

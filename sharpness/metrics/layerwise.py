@@ -23,6 +23,7 @@ from sharpness.linalg.which import WHICH, count
 from sharpness.metrics.door import COMMON, DEFAULTS, open_objective, provenance
 from sharpness.metrics.eigenvalues import ITERATIVE, METHODS, top_eigenvalues
 from sharpness.metrics.fisher_rao import fisher_rao_norm
+from sharpness.metrics.layerwise_traces import SHARED
 from sharpness.metrics.memory import plan_basis, warn_of_memory
 from sharpness.metrics.registry import find_metric
 from sharpness.metrics.relative_flatness import relative_flatness
@@ -33,6 +34,7 @@ from sharpness.objective.reduction import LossFn
 from sharpness.results import EigenResult, LayerwiseResult
 
 Grouping: TypeAlias = "str | Callable[[str], str | None] | Mapping[str, ParameterChoice]"
+_NAMED = 5  # layers in a message
 # Options of Lanczos that any block may take.
 _LOCKSTEP = ("k", "which", "tol", "num_matvecs", "vectors", "confirm", "basis_dtype", "basis_device")
 
@@ -51,14 +53,17 @@ def per_layer(
 
     For eigenvalues these are those of the diagonal blocks of the curvature matrix. All layers advance together: one
     pass over the data makes the next product of every layer that is not done, so the passes are those of the slowest
-    layer, not the sum. Other metrics, and other methods than Lanczos, run for one layer after the other.
+    layer, not the sum. The traces and diagonals of all layers come out of the products of one run with the whole
+    matrix, and ``tol`` of a trace is relative to the sum over the layers of their traces, or Frobenius norms where
+    these are more. Other metrics, and other methods than Lanczos, run for one layer after the other.
 
     No block has an eigenvalue above the largest of the whole matrix, and the largest of the whole can be as much as the
     sum of those of the blocks.
 
     Args:
-        metric: A metric such as `top_eigenvalues`, or its name. `relative_flatness` is that of the one weight matrix of
-            each group; modules without any are left out. `fisher_rao_norm` needs ``method="parameters"``.
+        metric: A metric such as `top_eigenvalues`, `trace` or `diagonal`, or its name. `relative_flatness` is that of
+            the one weight matrix of each group; modules without any are left out. `fisher_rao_norm` needs
+            ``method="parameters"``.
         model: The trained model, or an `Objective` that replaces ``model, loader, loss_fn`` and the common options.
         loader: Any re-iterable of batches.
         loss_fn: A criterion ``(outputs, targets) -> scalar``, or ``None`` to infer it (see `Objective`).
@@ -77,7 +82,7 @@ def per_layer(
         ConvergenceError: If a layer does not converge and ``on_failure="raise"``; carries the result.
 
     Cost: for eigenvalues by Lanczos, the passes of the slowest layer; each makes the first derivatives of a batch once
-    for all layers. Else the cost of the metric for each layer.
+    for all layers. For traces and diagonals, that of one run. Else the cost of the metric for each layer.
 
     Example:
         >>> import torch, sharpness
@@ -113,9 +118,11 @@ def per_layer(
     started, passes = time.perf_counter(), objective.passes.count
     method = options.get("method", "lanczos")
     if function is top_eigenvalues and method == "lanczos":
-        found = _together(objective, groups, options)
+        found: dict[str, Any] = dict(_together(objective, groups, options))
     elif function is top_eigenvalues and check_choice("method", method, METHODS) != "pyhessian":
-        found = _one_by_one(objective, groups, options)
+        found = dict(_one_by_one(objective, groups, options))
+    elif name in SHARED:
+        found = SHARED[name](objective, groups, options)
     else:
         found = {}
         for layer, block in groups.items():
@@ -259,7 +266,10 @@ def _groups(objective: Objective, by: Any) -> dict[str, list[int]]:
         for group, chosen in by.items():
             if str(group) in groups:
                 raise ArgumentError(f"`by` names {str(group)!r} twice. Give each group a name of its own.")
-            own = set(choose(objective.model, chosen).names)
+            try:
+                own = set(choose(objective.model, chosen).names)
+            except ArgumentError as error:
+                raise ArgumentError(f"`by`, group {str(group)!r}: {str(error).replace('`params`: ', '')}") from None
             groups[str(group)] = [i for i, name in enumerate(names) if name in own]
             if not groups[str(group)]:
                 raise ArgumentError(
@@ -302,9 +312,11 @@ def _report(result: LayerwiseResult, on_failure: str) -> None:
     missed = [layer for layer, record in result.items() if not getattr(record, "converged", True)]
     if not missed or on_failure == "ignore":
         return
+    numbers = {layer: f"{result[layer].headline:.4g} {result[layer].doubt}" for layer in missed[:_NAMED]}
+    named = ", ".join(f"{layer} ({text.removesuffix(', NOT converged')})" for layer, text in numbers.items())
     message = (
-        f"{len(missed)} of {len(result)} layers did not converge: {', '.join(missed[:5])}{' ...' * (len(missed) > 5)}. "
-        "Raise the budget of the metric, or loosen tol; their records say more."
+        f"{len(missed)} of {len(result)} layers did not converge: {named}{' ...' * (len(missed) > _NAMED)}. "
+        "Raise the budget of the metric, or loosen tol."
     )
     if on_failure == "raise":
         raise ConvergenceError(message, result)

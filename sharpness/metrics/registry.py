@@ -10,20 +10,28 @@ from sharpness._checks import nearest
 from sharpness.errors import ArgumentError
 from sharpness.metrics.average_case import average_case_sharpness
 from sharpness.metrics.critical import critical_sharpness
+from sharpness.metrics.density import spectral_density
+from sharpness.metrics.diagonal import diagonal
 from sharpness.metrics.eigenvalues import top_eigenvalues
 from sharpness.metrics.epsilon import epsilon_sharpness
 from sharpness.metrics.fisher_rao import fisher_rao_norm
+from sharpness.metrics.frobenius import frobenius_norm
 from sharpness.metrics.learning_rate import learning_rate_limit
 from sharpness.metrics.low_pass import low_pass_sharpness
 from sharpness.metrics.noise import gradient_noise_scale
 from sharpness.metrics.pac_bayes import pac_bayes_sharpness
 from sharpness.metrics.relative_flatness import relative_flatness
+from sharpness.metrics.trace import trace
 from sharpness.metrics.worst_case import worst_case_sharpness
 from sharpness.objective import Objective
 from sharpness.results import Record
 
 METRICS: dict[str, Callable[..., Any]] = {
     "top_eigenvalues": top_eigenvalues,
+    "trace": trace,
+    "diagonal": diagonal,
+    "frobenius_norm": frobenius_norm,
+    "spectral_density": spectral_density,
     "epsilon_sharpness": epsilon_sharpness,
     "worst_case_sharpness": worst_case_sharpness,
     "average_case_sharpness": average_case_sharpness,

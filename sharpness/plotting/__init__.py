@@ -14,11 +14,14 @@ from sharpness.plotting.figures import (
     plot_scalar,
 )
 from sharpness.plotting.piggyback import plot_piggyback
+from sharpness.plotting.spectrum import plot_density, plot_diagonal, plot_trace
 from sharpness.plotting.sweep import plot_sweep
 from sharpness.plotting.trajectory import plot_trajectories, plot_trajectory
 
 __all__ = [
     "plot_comparison",
+    "plot_density",
+    "plot_diagonal",
     "plot_eigenvalues",
     "plot_epsilon_sharpness",
     "plot_interpolation",
@@ -31,6 +34,7 @@ __all__ = [
     "plot_report",
     "plot_scalar",
     "plot_sweep",
+    "plot_trace",
     "plot_trajectories",
     "plot_trajectory",
 ]

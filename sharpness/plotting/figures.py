@@ -22,6 +22,7 @@ from sharpness.results import (
     Report,
     ScalarResult,
 )
+from sharpness.results.headline import interval_of
 from sharpness.results.tidy import quantities
 
 if TYPE_CHECKING:
@@ -79,10 +80,18 @@ def plot_comparison(comparison: Comparison, *, ax: Axes | None = None, metric: s
 
 
 def plot_layerwise(result: LayerwiseResult, *, ax: Axes | None = None, **style: Any) -> Axes:
-    """Draw the metric of each layer as a bar, the worst layer first; what is not finite has none."""
+    """Draw the metric of each layer as a bar with its interval, the worst layer first; what is not finite has none."""
     ax = given_or_new(ax)
     names = list(result)
-    ax.barh(range(len(names)), [_finite(result[name].headline) for name in names], **style)
+    values = [_finite(result[name].headline) for name in names]
+    ends = [interval_of(result[name]) or (value, value) for name, value in zip(names, values, strict=True)]
+    bars = [
+        [max(_finite(sign * (pair[end] - value)), 0.0) for pair, value in zip(ends, values, strict=True)]
+        for end, sign in ((0, -1), (1, 1))
+    ]
+    if any(map(any, bars)):
+        style = {"xerr": bars, "capsize": 3, **style}
+    ax.barh(range(len(names)), values, **style)
     ax.set(yticks=range(len(names)), xlabel=str(result.settings.get("metric")).replace("_", " "))
     ax.set_yticklabels(names)
     ax.invert_yaxis()

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+from sharpness.results.headline import interval_of, stderr_of
+
 # The records call this file, so that it knows them by their fields only.
 Comparison: TypeAlias = Any
 ComparisonRow: TypeAlias = Any
@@ -98,11 +100,8 @@ def least_certain(records: Sequence[Any]) -> Any:
 
 
 def _width(record: Any) -> float:
-    interval, error = getattr(record, "interval", None), getattr(record, "stderr", None)
-    if interval is not None:
-        low, high = interval[0].tolist() if hasattr(interval, "tolist") else interval
-        return float(high - low)
-    return 0.0 if error is None else float(error)
+    interval = interval_of(record)
+    return stderr_of(record) or 0.0 if interval is None else interval[1] - interval[0]
 
 
 def _digits(width: float, center: float) -> int:

@@ -24,6 +24,13 @@ _METRICS = {
     "gradient_noise_scale": "Variance of the gradient over its squared length: the batch size at which larger batches "
     "cease to pay.",
     "learning_rate_limit": "Largest step at which gradient descent is still stable at these weights.",
+    "trace": "Sum of all eigenvalues of the Hessian of the training loss: its curvature in total. It is estimated from "
+    "products with random vectors; the doubt is an interval at 95 %.",
+    "diagonal": "Sum of the diagonal of the Hessian, whose entries are the curvature along each single weight: its "
+    "trace.",
+    "frobenius_norm": "Root of the sum of all squared eigenvalues of the Hessian: negative curvature counts as well.",
+    "spectral_density": "Density of all eigenvalues of the Hessian; the value is its upper end, which is close to the "
+    "largest of them.",
     "critical_sharpness": "2 / the smallest step along the gradient that raises the loss: curvature along this "
     "direction.",
 }

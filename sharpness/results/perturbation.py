@@ -80,8 +80,9 @@ class ScalarResult(Record):
 
     Attributes:
         value: The number.
-        stderr: Its standard error; ``None`` where nothing is drawn at random.
-        interval: Low and high end of where it lies; ``None`` where it is exact up to rounding, or has a ``stderr``.
+        stderr: Its standard error; ``None`` where nothing is drawn at random, 0 where it was summed up entry by entry.
+        interval: Low and high end of where it lies, at 95 % where there is a ``stderr``; ``None`` where it is exact up
+            to rounding, or none is given.
         samples: One number per random vector; ``None`` where nothing is drawn.
         about: What of the model was measured, or what the number is not, in a few words; ``None`` where that is plain.
         critical_step: The step at which the loss rises above its present value, for `critical_sharpness`.
@@ -89,7 +90,7 @@ class ScalarResult(Record):
         steps: ``(m,)`` all steps that were tried, ascending, likewise.
         losses: ``(m,)`` the loss at each of them.
         num_forward_passes: Forward passes that this took.
-        converged: Whether what was sought was found.
+        converged: Whether what was sought was found, as narrowly as asked for.
         num_evaluations: Evaluations or products spent.
         num_passes: Passes over the data.
         seconds: Wall time.
@@ -120,15 +121,18 @@ class ScalarResult(Record):
     @property
     def doubt(self) -> str:
         """Return how far to trust the value, in a few words."""
+        if self.interval is not None and self.stderr:
+            found = f"± {(self.interval[1] - self.interval[0]) / 2:.2g} at 95 %"
+            return found if self.converged else f"{found}, NOT converged"
         if not self.converged:
             return "NOT converged"
-        if self.interval is not None:
+        if self.interval is not None and self.stderr is None:
             return f"between {self.interval[0]:.4g} and {self.interval[1]:.4g}"
-        found = "exact up to rounding" if self.stderr is None else f"± {self.stderr:.2g} (standard error)"
+        found = f"± {self.stderr:.2g} (standard error)" if self.stderr else "exact up to rounding"
         return found if self.about is None else f"{found}, {self.about}"
 
     def __repr__(self) -> str:
-        apart = ", " if self.stderr is None else " "
+        apart = " " if self.stderr else ", "
         return (
             f"ScalarResult({self.settings.get('metric')} {self.value:.4g}{apart}{self.doubt}; "
             f"{self.num_evaluations} evaluations)"

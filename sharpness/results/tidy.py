@@ -12,9 +12,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from sharpness._record import Record
+from sharpness.results.headline import interval_of, stderr_of
 
 _DOUBT = ("stderr", "low", "high", "converged", "doubt", "passes", "seconds")
 
@@ -60,13 +59,9 @@ def _is_number(value: Any) -> bool:
 
 def _doubts(record: Any) -> dict[str, Any]:
     """Return the doubt and the price of a record, as numbers and in words."""
-    interval = getattr(record, "interval", None)
-    if isinstance(interval, Tensor):
-        interval = interval.reshape(-1, 2)[0].tolist()
-    low, high = interval if interval is not None else (None, None)
-    stderr = getattr(record, "stderr", None)
+    low, high = interval_of(record) or (None, None)
     return {
-        "stderr": None if isinstance(stderr, Tensor) else stderr,
+        "stderr": stderr_of(record),
         "low": low,
         "high": high,
         "converged": getattr(record, "converged", None),

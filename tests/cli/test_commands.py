@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import sharpness
 from sharpness import cli
+from sharpness.cli.options import parse_metrics
 from sharpness.errors import ConvergenceWarning
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -99,6 +100,14 @@ def run(*arguments):
 BOTH = ("training.py:make_model", "training.py:make_loader")
 TWO = ("--checkpoint", "small.safetensors", "--checkpoint", "large.safetensors")
 FAST = ("--metrics", "top_eigenvalues", "--quiet")
+
+
+def test_metrics_may_be_given_in_one_list_or_in_several():
+    assert parse_metrics(None) == parse_metrics(["default"]) == "default"
+    both = ["trace", ("diagonal", {"num_matvecs": 8})]
+    assert (
+        parse_metrics(["trace,diagonal(num_matvecs=8)"]) == parse_metrics(["trace", "diagonal(num_matvecs=8)"]) == both
+    )
 
 
 def test_compare_measures_the_checkpoints_as_the_function_does(folder, capsys):

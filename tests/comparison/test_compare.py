@@ -335,3 +335,15 @@ def test_initial_weights_may_be_those_of_a_wrapped_model(wrap):
 def compare_wrapped(models, data, initial):
     options = {"metrics": ["fisher_rao_norm"], "check_minimum": False}
     return sharpness.compare(models, data, initial=initial, **options).rows[0].distance_from_initial.mean
+
+
+def test_the_spectrum_is_compared_like_any_metric():
+    metrics = ["trace", "diagonal", "frobenius_norm", "spectral_density"]
+    models = {"flat": bowl(1.0), "sharp": [bowl(5.0)]}
+    comparison = compare(models, metrics=metrics)
+    for name in metrics:
+        assert comparison.ratios[name][1].mean == pytest.approx(5.0, rel=1e-6)
+        assert comparison.ratio_intervals[name][1] == pytest.approx((5.0, 5.0), rel=1e-6)
+        assert comparison["flat"].doubts[name] in str(comparison) or "for certain" in str(comparison)
+    assert comparison.to_csv().count("spectral_density") == 2
+    assert "trace" in comparison.to_html()

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from sharpness.comparison.intervals import paired_log_ratio, paired_noise, ratio_interval, unpaired_log_ratio
-from sharpness.results import EigenResult, EpsilonSharpnessResult, PerturbationResult, ScalarResult
+from sharpness.linalg import DenseOperator, frobenius_norm, xtrace
+from sharpness.results import DiagonalResult, EigenResult, EpsilonSharpnessResult, PerturbationResult, ScalarResult
 
 DRAWS = 400
 
@@ -45,6 +46,20 @@ def exact(value):
 def bound(value):
     return EpsilonSharpnessResult(
         value=value, loss=0.1, max_loss=0.2, starts=(), num_evaluations=1, num_passes=1, seconds=0.0
+    )
+
+
+def diagonal(value, error):
+    return DiagonalResult(
+        value=torch.full((4,), value / 4),
+        stderr=torch.full((4,), 0.1),
+        trace=value,
+        trace_stderr=error,
+        sum_of_squares=1.0,
+        num_samples=8,
+        num_matvecs=16,
+        num_passes=1,
+        seconds=0.0,
     )
 
 
@@ -116,6 +131,26 @@ def test_seeds_and_shared_directions_add_up():
 
     hits, _ = coverage(draw, TRUTH)
     assert 0.93 <= hits <= 0.98
+
+
+@pytest.mark.parametrize("estimate", [xtrace, frobenius_norm])
+def test_the_interval_of_an_estimate_counts_once(estimate):
+    """It is one of 95 %, and not for certain; and the samples tell of the same error."""
+    operators = [DenseOperator(torch.diag(torch.linspace(0.2, top, 60, dtype=torch.float64))) for top in (1.0, 1.5)]
+    exact = [estimate(o, num_matvecs=60).value for o in operators]
+
+    def draw(rng):
+        seeds = rng.integers(2**31, size=2)
+        a, b = (estimate(o, num_matvecs=24, tol=1.0, seed=int(s)) for o, s in zip(operators, seeds, strict=True))
+        return ratio_interval([b], [a], same_draws=False)
+
+    hits, _ = coverage(draw, exact[1] / exact[0])
+    assert 0.93 <= hits <= 0.985
+
+
+def test_the_sum_of_a_diagonal_has_its_standard_error():
+    low, high = ratio_interval([diagonal(3.0, 0.03)], [diagonal(2.0, 0.02)])
+    assert math.log(high / low) / 2 == pytest.approx(1.96 * 0.01 * math.sqrt(2), rel=1e-3)
 
 
 def test_directions_that_all_seeds_share_do_not_average_out():

@@ -354,3 +354,16 @@ def test_steps_of_ones_own():
         tracker.measure(model, step=6.5)
     with pytest.raises(ArgumentError, match="`optimizer` must be a torch.optim.Optimizer, got str"):
         tracker.step(model, "sgd")
+
+
+def test_the_spectrum_is_tracked_like_any_metric():
+    metrics = ["trace", ("diagonal", {"num_matvecs": 6}), "frobenius_norm", "spectral_density"]
+    model, tracker = tanh_net().model, SharpnessTracker(tanh_net().loader, metrics=metrics, on_failure="ignore")
+    tracker.measure(model)
+    found = tracker.result
+    diagonal = sharpness.diagonal(model, tanh_net().loader, num_matvecs=6)
+    ends = [diagonal.trace - diagonal.trace_stderr, diagonal.trace + diagonal.trace_stderr]
+    assert found.intervals["diagonal"][0].tolist() == pytest.approx(ends)
+    for name in ("trace", "frobenius_norm", "spectral_density"):
+        low, high = found.intervals[name][0].tolist()
+        assert low <= found.metrics[name].item() <= high

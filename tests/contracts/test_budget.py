@@ -77,6 +77,17 @@ def test_passes_over_the_data_are_counted(memory):
     assert Watched.walks == (2 if memory == "auto" else result.num_passes + 1)  # one more to see that they do not fit
 
 
+@pytest.mark.parametrize("memory", ["auto", 0])
+def test_blocks_of_products_share_their_passes(memory):
+    problem = tanh_net()
+    traced = sharpness.trace(problem.model, problem.loader, num_matvecs=12, memory=memory, on_failure="ignore")
+    assert (traced.num_matvecs, traced.num_passes) == (12, 2 + 1)  # six vectors, their products, and the check
+    density = sharpness.spectral_density(problem.model, problem.loader, num_draws=3, num_steps=5, memory=memory)
+    assert (density.num_matvecs, density.num_passes) == (15, 5 + 1)
+    layers = sharpness.per_layer("trace", problem.model, problem.loader, num_matvecs=12, on_failure="ignore")
+    assert layers.num_passes == 2 + 1
+
+
 def test_memory_zero_keeps_nothing_alive():
     problem = tanh_net()
     objective = sharpness.Objective(problem.model, problem.loader, memory=0)

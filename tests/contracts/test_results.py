@@ -49,6 +49,9 @@ MAKERS = {
     "TrajectoryComparison": lambda: sharpness.trajectory(
         lambda: torch.nn.Linear(3, 3), (torch.eye(3), torch.arange(3)), batch_sizes=(1, 3), max_epochs=1, lr=1e-3
     ),
+    "TraceResult": lambda: sharpness.trace(MODEL, LOADER),
+    "DiagonalResult": lambda: sharpness.diagonal(MODEL, LOADER, num_matvecs=12),
+    "DensityResult": lambda: sharpness.spectral_density(MODEL, LOADER, num_draws=2, num_steps=5),
     "Spread": lambda: Spread.of([1.0, float("nan"), float("inf")]),
 }
 
@@ -104,6 +107,8 @@ def test_to_dict_is_strict_json(name, records):
 def test_vectors_only_when_asked(records):
     plain = records["EigenResult"].to_dict(vectors=True)
     assert len(plain["eigenvectors"]) == 3
+    assert "value" not in records["DiagonalResult"].to_dict()
+    assert len(records["DiagonalResult"].to_dict(vectors=True)["value"]) == len(records["DiagonalResult"].value)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -169,6 +174,8 @@ def test_reprs_say_value_and_doubt(records):
     assert " ± " in repr(eigen)
     assert f"converged in {eigen.num_matvecs} matvecs" in repr(eigen)
     assert "a lower bound" in repr(records["EpsilonSharpnessResult"])
+    assert "exact up to rounding; " in repr(records["TraceResult"])
+    assert "outliers (" in repr(records["DensityResult"])
     assert repr(Spread.of([2.0])) == "2"
     assert repr(Spread.of([1.0, 3.0])) == "2.0 ± 1.4"
     assert repr(Spread.of([0.05] * 3)) == "0.05"  # the mean of three of them is another number

@@ -260,3 +260,9 @@ def test_what_cannot_be_accepted():
         ask(checkpoint="file")
     with pytest.raises(ArgumentError, match="`k` must be at least 1"):
         ask(k=0)
+
+
+def test_a_group_that_matches_nothing_is_named():
+    model = torch.nn.Linear(2, 1)
+    with pytest.raises(ArgumentError, match="`by`, group 'a': 'zzz' matches no parameter"):
+        sharpness.per_layer("trace", model, [(torch.eye(2), torch.zeros(2, 1))], by={"a": "zzz"})

@@ -30,16 +30,28 @@ def test_every_measure_is_there_with_its_doubt(full):
     for name, record in full.items():
         line = next(line for line in table.splitlines() if line.startswith(name + " "))
         assert f"{record.headline:.4g}" in line
-    of_training = {
+    on_request = {
         "gradient_noise_scale",
         "learning_rate_limit",
         "critical_sharpness",
-    }  # on request: about the training, not the minimum
-    assert {name.partition("(")[0] for name in full} == set(sharpness.metrics.registry.METRICS) - of_training
+        "trace",
+        "diagonal",
+        "frobenius_norm",
+        "spectral_density",
+    }  # the first three are about the training, not the minimum; the others about the whole spectrum
+    assert {name.partition("(")[0] for name in full} == set(sharpness.metrics.registry.METRICS) - on_request
     assert table.count("a lower bound") == 3
     assert table.count("±") == 5
     assert not full.skipped
     assert full.accuracy == 1.0
+
+
+def test_the_spectrum_is_there_on_request():
+    net = relu_net()
+    found = sharpness.report(net, data(net), metrics=["trace", "diagonal", "frobenius_norm", "spectral_density"])
+    assert "at 95 %" in str(found) or "exact" in str(found)
+    assert f"{found['trace'].headline:.4g}" in str(found)
+    assert "4 draws x" in str(found)
 
 
 def test_the_metrics_share_one_objective(full):
