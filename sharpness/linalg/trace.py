@@ -221,7 +221,8 @@ def xtrace(
     the trace, within its interval. The best of the three where some eigenvalues stand out, definite or not.
 
     Where the spectrum levels off beyond the basis, or there is no room for a larger one, a run that looks for ``tol``
-    goes on with vectors in the complement of the basis, as :func:`hutchpp` does, which cost one product each.
+    goes on with vectors in the complement of the basis, as :func:`hutchpp` does, which cost one product each, or with
+    the entries of the diagonal where these are fewer.
 
     The published standard error, that of ``m`` independent samples, is too small by up to a third, since the samples
     share their bases. This one adds their covariance, estimated without bias from the effect that each vector has on
@@ -278,8 +279,11 @@ def xtrace(
             accepted = tol * max(abs(samples.mean().item()), sketch.frobenius)
             if num_matvecs is not None or half <= accepted:
                 break
-            room = budget - sketch.num_matvecs >= _BLOCK
-            if room and (size == most or _levels_off(sketch, variance, half / accepted)):
+            excess, room = half / accepted, budget - sketch.num_matvecs
+            if room >= _BLOCK and (size == most or _levels_off(sketch, variance, excess)):
+                if n <= min(size * excess**2, room):  # there are fewer entries than vectors that it would take
+                    spent = sketch.num_matvecs
+                    return _entry_by_entry(operator, tol, settings, started, on_failure, bar.update, spent=spent)
                 return _beyond(operator, sketch, tol, settings, started, on_failure)
     stopped = num_matvecs is None and size > _FIRST_VECTORS
     return _estimate(operator, sketch, samples, variance, size - 1, tol, settings, started, on_failure, stopped)
@@ -358,15 +362,17 @@ def _entry_by_entry(
     settings: dict[str, Any],
     started: float,
     on_failure: str,
-    spent: Callable[[int], object],
+    report: Callable[[int], object],
+    *,
+    spent: int = 0,
 ) -> TraceResult:
-    diagonal, lengths = entries(operator, spent)
+    diagonal, lengths = entries(operator, report)
     return exact(
         operator,
         diagonal,
         math.sqrt(lengths.sum().item()),
         tol=tol,
-        num_matvecs=operator.n,
+        num_matvecs=spent + operator.n,
         settings={**settings, "exact": True},
         started=started,
         on_failure=on_failure,
