@@ -72,7 +72,7 @@ def hutchinson_diagonal(
             products = multiply(operator, rows, bar.update)
             found.add(rows.mul_(products), slice(0, operator.n))
             found.close()
-    return _result(operator, found, found.variance_of_sum(), budget, settings, started)
+    return result_of(operator, found, found.variance_of_sum(), budget, settings, started)
 
 
 def xdiag(
@@ -129,11 +129,11 @@ def xdiag(
             found = RunningMoments(operator)
             found.add(diagonal.unsqueeze(0).to(operator.device), slice(0, n))
             found.close()
-            return _result(operator, found, 0.0, n, {**settings, "exact": True}, started)
+            return result_of(operator, found, 0.0, n, {**settings, "exact": True}, started)
         sketch = Sketch(operator, Probes(operator, seed, "rademacher"), keep_products=True, spent=bar.update)
         sketch.multiply(budget // 2, into_basis=True)
     found, variance = diagonal_of(sketch)
-    return _result(operator, found, variance, sketch.num_matvecs, {**settings, "rank": sketch.rank}, started)
+    return result_of(operator, found, variance, sketch.num_matvecs, {**settings, "rank": sketch.rank}, started)
 
 
 def diagonal_of(sketch: Sketch) -> tuple[RunningMoments, float]:
@@ -163,7 +163,7 @@ def diagonal_of(sketch: Sketch) -> tuple[RunningMoments, float]:
     return found, leave_one_out(grams, sketch.n, sphere=False)[1].item()
 
 
-def _result(
+def result_of(
     operator: LinearOperator,
     found: RunningMoments,
     variance: float,
@@ -171,6 +171,7 @@ def _result(
     settings: dict[str, Any],
     started: float,
 ) -> DiagonalResult:
+    """Return the record of entries with their variances, and of the variance of their sum."""
     value, spread = found.mean, found.variance
     return DiagonalResult(
         value=value.to(operator.dtype),

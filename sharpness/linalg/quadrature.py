@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -89,24 +90,12 @@ def stochastic_lanczos_quadrature(
     seed, steps = check_seed(seed), min(asked, n)
     together = _together(operator, num_draws, steps, memory)
     started = time.perf_counter()
-    spaces: list[KrylovSpace] = []
     rules: list[tuple[Floats, Floats, Floats]] = []
     spent = 0
     with progress_bar(progress, total=num_draws * steps, title="density") as bar:
         for first in range(0, num_draws, together):
-            spaces = [
-                KrylovSpace(operator, _generator(seed, draw), rows=steps)
-                for draw in range(first, min(first + together, num_draws))
-            ]
-            live = list(spaces)
-            while live:
-                products = operator.matmat(torch.stack([space.request() for space in live], dim=1))
-                for space, product in zip(live, products.unbind(1), strict=True):
-                    space.absorb(product.contiguous())
-                spent += len(live)
-                bar.update(len(live))
-                live = [space for space in live if not space.exhausted and space.size < steps]
-            rules += [_rule(space) for space in spaces]
+            more, products = _rules(operator, range(first, min(first + together, num_draws)), steps, seed, bar.update)
+            rules, spent = rules + more, spent + products
     nodes, weights, residuals = _padded(rules)
     low, high = nodes.min(), nodes.max()
     sigma = max(_ghorbani(low, high) if sigma is None else sigma, _FINEST * float(high - low))
@@ -137,6 +126,22 @@ def stochastic_lanczos_quadrature(
             "device": str(operator.device),
         },
     )
+
+
+def _rules(
+    operator: LinearOperator, draws: range, steps: int, seed: int, report: Callable[[int], object]
+) -> tuple[list[tuple[Floats, Floats, Floats]], int]:
+    """Return the Gauss rules of draws that advance together, and the products spent; no basis outlives the call."""
+    spaces = [KrylovSpace(operator, _generator(seed, draw), rows=steps) for draw in draws]
+    live, spent = list(spaces), 0
+    while live:
+        products = operator.matmat(torch.stack([space.request() for space in live], dim=1))
+        for space, product in zip(live, products.unbind(1), strict=True):
+            space.absorb(product.contiguous())
+        spent += len(live)
+        report(len(live))
+        live = [space for space in live if not space.exhausted and space.size < steps]
+    return [_rule(space) for space in spaces], spent
 
 
 def _together(operator: LinearOperator, num_draws: int, steps: int, memory: Any) -> int:

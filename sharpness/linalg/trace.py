@@ -242,7 +242,8 @@ def xtrace(
         on_failure: See :func:`hutchinson`.
 
     Returns:
-        The estimate, its standard error and interval, and one estimate per vector.
+        The estimate, its standard error and interval, and one estimate per vector, or per vector of the complement
+        where the run went on there (``settings["beyond"]`` of them).
 
     Raises:
         ArgumentError: If an option cannot be accepted.

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from sharpness._checks import check_choice, check_count, check_positive
 from sharpness._progress import progress_bar
-from sharpness.errors import ArgumentError
 from sharpness.linalg import LinearOperator, hutchinson_diagonal, xdiag
-from sharpness.linalg.budget import LIMIT, budget_of, entries, is_small, sizes
+from sharpness.linalg.budget import LIMIT, budget_of, entries, is_small, most_vectors, sizes
 from sharpness.linalg.confidence import half_width
-from sharpness.linalg.diagonal import diagonal_of
+from sharpness.linalg.diagonal import diagonal_of, result_of
 from sharpness.linalg.leave_one_out import Grams, leave_one_out
 from sharpness.linalg.probes import Probes
 from sharpness.linalg.sketch import Sketch
@@ -53,11 +52,11 @@ def traces_of_layers(
     objective.require(curvature)
     where = slices_of(objective, groups)
     exact = is_small(n, num_matvecs)
-    most = 0 if exact else _most_vectors(objective, None if num_matvecs is None else budget // 2)
+    operator = _operator(objective, curvature)
+    most = 0 if exact else _most_vectors(objective, operator, None if num_matvecs is None else budget // 2)
     started, passes = time.perf_counter(), objective.num_passes
     total = n if exact else num_matvecs
     with objective.session(), progress_bar(objective.progress, total=total, title="traces of layers") as bar:
-        operator = _operator(objective, curvature)
         if exact:
             diagonal, lengths = entries(operator, bar.update)
             rounding = 16 * torch.finfo(operator.dtype).eps * diagonal.abs().sum().item()
@@ -160,24 +159,14 @@ def _xdiag(
 ) -> tuple[DiagonalResult, dict[str, float]]:
     """Return the diagonal as `xdiag` does, and the variance of its sum over each layer, out of the same products."""
     vectors = budget_of(num_matvecs, 2 * _LEAST_VECTORS, "xdiag", _REASON) // 2
-    _most_vectors(objective, vectors)
+    _most_vectors(objective, operator, vectors)
+    started = time.perf_counter()
     with progress_bar(objective.progress, total=2 * vectors, title="diagonals of layers") as bar:
         sketch = _sketch(objective, operator, bar.update)
         sketch.multiply(vectors, into_basis=True)
     moments, variance = diagonal_of(sketch)
-    value, spread = moments.mean, moments.variance
-    whole = DiagonalResult(
-        value=value.to(operator.dtype),
-        stderr=spread.sqrt().to(operator.dtype),
-        trace=value.sum().item(),
-        trace_stderr=math.sqrt(variance),
-        sum_of_squares=((value**2).sum() - spread.sum()).item(),
-        num_samples=moments.count,
-        num_matvecs=sketch.num_matvecs,
-        num_passes=0,
-        seconds=0.0,
-        settings={"method": "xdiag", "num_matvecs": num_matvecs, "rank": sketch.rank},
-    )
+    settings = {"method": "xdiag", "num_matvecs": num_matvecs, "rank": sketch.rank}
+    whole = result_of(operator, moments, variance, sketch.num_matvecs, settings, started)
     blocks = sketch.groups([*where.values()])
     return whole, {
         layer: leave_one_out(grams, sketch.n, sphere=False)[1].item()
@@ -206,17 +195,10 @@ def _sketch(objective: Objective, operator: LinearOperator, spent: Callable[[int
     return Sketch(operator, Probes(operator, objective.seed, "rademacher"), keep_products=True, spent=spent)
 
 
-def _most_vectors(objective: Objective, wanted: int | None) -> int:
+def _most_vectors(objective: Objective, operator: LinearOperator, wanted: int | None) -> int:
     """Return how many random vectors fit, each with a vector of the basis and its product; refuse too few."""
     room = plan_vectors(objective, min(2 * (wanted or _LIKELY), objective.n))
-    pair = 2 * objective.n * objective.dtype.itemsize
-    least = wanted or _LEAST_VECTORS
-    if room and room < least * pair:
-        raise ArgumentError(
-            f"`memory` must be at least {least * pair} bytes for {least} random vectors, with two vectors to keep for "
-            f"each, got {room}. Pass memory={least * pair} or more, or fewer num_matvecs."
-        )
-    return room // pair if room else LIMIT
+    return most_vectors(operator, room, wanted, each=2) if room else LIMIT
 
 
 def _captured_norm(grams: Grams) -> float:

@@ -46,9 +46,9 @@ def trace(
 ) -> TraceResult:
     r"""Estimate the trace of the Hessian of a model's loss: the total curvature, the sum of all eigenvalues.
 
-    The estimate is unbiased, and its interval holds the trace in 95 % of all runs, also where the Hessian is
-    indefinite and the trace near zero (see `linalg.xtrace`). `per_layer` gives the trace of every layer out of the same
-    products.
+    The estimate is unbiased where ``num_matvecs`` is given, and its interval is calibrated at 95 %, also where the
+    Hessian is indefinite and the trace near zero (see `linalg.xtrace`). `per_layer` gives the trace of every layer out
+    of the same products.
 
     The trace scales with the loss, and changes when layers are rescaled although the function does not (Dinh et al.
     2017): compare models at equal loss and similar weight norms.

@@ -1,6 +1,7 @@
 """Stochastic Lanczos quadrature: Gauss exactness, errors of moments, outliers, budgets."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from scipy.stats import wasserstein_distance
 
 from sharpness.errors import ArgumentError, NonFiniteError
-from sharpness.linalg import DenseOperator, FunctionOperator, stochastic_lanczos_quadrature
+from sharpness.linalg import DenseOperator, FunctionOperator, quadrature, stochastic_lanczos_quadrature
 from sharpness.linalg.outliers import find_outliers
 from tests.linalg.spectra_of_traces import TRACED
 from tests.zoo import rotated, spectra
@@ -258,3 +259,19 @@ def test_bad_options():
         stochastic_lanczos_quadrature(operator, num_steps=10, memory=100)
     with pytest.raises(NonFiniteError, match="holds NaN or infinity"):
         stochastic_lanczos_quadrature(FunctionOperator(lambda v: v * float("inf"), 5))
+
+
+def test_no_more_bases_are_alive_than_run_together(monkeypatch):
+    alive, most = weakref.WeakSet(), []
+
+    class Watched(quadrature.KrylovSpace):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            alive.add(self)
+            most.append(len(alive))
+
+    monkeypatch.setattr(quadrature, "KrylovSpace", Watched)
+    operator = DenseOperator(torch.diag(torch.arange(1.0, 31).double()))
+    stochastic_lanczos_quadrature(operator, num_draws=5, num_steps=4, memory=2 * 4 * 30 * 8)
+    assert len(most) == 5
+    assert max(most) == 2
