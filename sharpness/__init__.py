@@ -24,6 +24,7 @@ from sharpness.comparison import (
 )
 from sharpness.errors import (
     ArgumentError,
+    CompileWarning,
     ConvergenceError,
     ConvergenceWarning,
     DataError,
@@ -84,6 +85,7 @@ __all__ = [
     "ArgumentError",
     "Comparison",
     "ComparisonRow",
+    "CompileWarning",
     "ConvergenceError",
     "ConvergenceWarning",
     "DataError",

@@ -55,6 +55,13 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
+def check_compile(value: Any) -> bool | str:
+    """Return ``value`` if it is ``"auto"``, True or False."""
+    if isinstance(value, bool) or (isinstance(value, str) and value == "auto"):
+        return value
+    raise ArgumentError(f'`compile` must be "auto", True or False, got {value!r}.')
+
+
 def check_seed(value: Any) -> int:
     """Return a seed that PyTorch accepts."""
     return check_count("seed", value, low=0, high=2**63 - 1)

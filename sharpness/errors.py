@@ -15,6 +15,7 @@
       StateWarning                          the model's state makes the answer unusual
       PrecisionWarning                      rounding limits the answer
       MemoryWarning                         a run that will hardly fit into the memory
+      CompileWarning                        products that could not be compiled, and run as they are
 
 Messages say what was given, what is needed and what to do, in this order.
 """
@@ -78,3 +79,7 @@ class PrecisionWarning(SharpnessWarning):
 
 class MemoryWarning(SharpnessWarning):
     """A run that will hardly fit into the memory, issued before it starts."""
+
+
+class CompileWarning(SharpnessWarning):
+    """Products that could not be compiled, and run as they are."""

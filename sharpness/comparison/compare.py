@@ -48,6 +48,7 @@ def compare(
     memory: int | str = "auto",
     microbatch_size: int | None = None,
     precision: str = "exact",
+    compile: bool | str = "auto",
 ) -> Comparison:
     """Measure trained models side by side: losses, accuracies, where they lie, and every metric, with ratios.
 
@@ -82,6 +83,7 @@ def compare(
         memory: Bytes (or ``"2GiB"``) that may be kept between products.
         microbatch_size: Cut each batch into pieces of at most so many samples.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
+        compile: ``"auto"``, ``True`` or ``False``: whether products are compiled (see `Objective`).
 
     Returns:
         One row per name, the ratios to the first row with their intervals, distances, warnings and notes.
@@ -121,6 +123,7 @@ def compare(
         "memory": memory,
         "microbatch_size": microbatch_size,
         "precision": precision,
+        "compile": compile,
     }
 
     def objective_of(model: nn.Module, data: Iterable[Any] = loader, **changes: Any) -> Objective:

@@ -49,6 +49,7 @@ def landscape(
     memory: int | str = "auto",
     microbatch_size: int | None = None,
     precision: str = "exact",
+    compile: bool | str = "auto",
 ) -> LandscapeResult:
     r"""Evaluate the loss on a grid through a model, :math:`f(\theta + \alpha d_1 + \beta d_2)`.
 
@@ -82,6 +83,7 @@ def landscape(
         memory: Bytes (or ``"2GiB"``) of batches that may be kept between evaluations.
         microbatch_size: Cut each batch into pieces of at most so many samples.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
+        compile: ``"auto"``, ``True`` or ``False``: whether products are compiled (see `Objective`).
 
     Returns:
         Coordinates, losses and accuracies, lengths of the directions, and the cosine between them.

@@ -77,6 +77,7 @@ class SharpnessTracker:
         memory: Bytes (or ``"2GiB"``) that may be kept between the products of a measurement.
         microbatch_size: Cut each batch into pieces of at most so many samples.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
+        compile: ``"auto"``, ``True`` or ``False``: whether products are compiled (see `Objective`).
 
     Raises:
         ArgumentError: If an option cannot be accepted.
@@ -122,6 +123,7 @@ class SharpnessTracker:
         memory: int | str = "auto",
         microbatch_size: int | None = None,
         precision: str = "exact",
+        compile: bool | str = "auto",
     ) -> None:
         self.every = check_count("every", every)
         self.on_failure = check_choice("on_failure", on_failure, ON_FAILURE)
@@ -136,6 +138,7 @@ class SharpnessTracker:
             "memory": memory,
             "microbatch_size": microbatch_size,
             "precision": precision,
+            "compile": compile,
         }
         self._params: Any = params
         self._layout: tuple[tuple[str, tuple[int, ...]], ...] | None = None

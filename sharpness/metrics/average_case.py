@@ -53,6 +53,7 @@ def average_case_sharpness(
     memory: int | str = "auto",
     microbatch_size: int | None = None,
     precision: str = "exact",
+    compile: bool | str = "auto",
 ) -> PerturbationResult:
     r"""Estimate how far the loss rises on average when the weights are perturbed at random.
 
@@ -89,6 +90,7 @@ def average_case_sharpness(
         memory: Bytes (or ``"2GiB"``) of batches that may be kept between evaluations.
         microbatch_size: Cut each batch into pieces of at most so many samples.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
+        compile: ``"auto"``, ``True`` or ``False``: whether products are compiled (see `Objective`).
 
     Returns:
         The mean rise, its standard error, and the rise for each direction.

@@ -49,6 +49,7 @@ def critical_sharpness(
     memory: int | str = "auto",
     microbatch_size: int | None = None,
     precision: str = "exact",
+    compile: bool | str = "auto",
 ) -> ScalarResult:
     r"""Find the step along an update from which on the loss is above its present value.
 
@@ -88,6 +89,7 @@ def critical_sharpness(
         memory: Bytes (or ``"2GiB"``) of batches that may be kept between evaluations.
         microbatch_size: Cut each batch into pieces of at most so many samples.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
+        compile: ``"auto"``, ``True`` or ``False``: whether products are compiled (see `Objective`).
 
     Returns:
         The critical sharpness with the bracket it lies in, the critical step, the losses along the way, and how many

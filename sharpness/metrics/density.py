@@ -39,6 +39,7 @@ def spectral_density(
     memory: int | str = "auto",
     microbatch_size: int | None = None,
     precision: str = "exact",
+    compile: bool | str = "auto",
 ) -> DensityResult:
     r"""Estimate the density of all eigenvalues of the Hessian of a model's loss, and count its outliers.
 
@@ -70,6 +71,7 @@ def spectral_density(
             draws, fewer of which run together where their share is full; ``0`` keeps nothing but these.
         microbatch_size: Cut each batch into pieces of at most so many samples, which bounds the memory of a product.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
+        compile: ``"auto"``, ``True`` or ``False``: whether products are compiled (see `Objective`).
 
     Returns:
         Density, nodes and weights, outliers, and what they cost.
@@ -114,4 +116,6 @@ def spectral_density(
             progress=objective.progress,
         )
 
-    return measure(objective, kind, run, {"metric": "spectral_density"})
+    return measure(
+        objective, kind, run, {"metric": "spectral_density"}, expected=num_draws * min(num_steps, objective.n)
+    )

@@ -41,6 +41,7 @@ def diagonal(
     memory: int | str = "auto",
     microbatch_size: int | None = None,
     precision: str = "exact",
+    compile: bool | str = "auto",
 ) -> DiagonalResult:
     r"""Estimate the diagonal of the Hessian of a model's loss, each entry with its standard error.
 
@@ -68,6 +69,7 @@ def diagonal(
             the method; ``0`` keeps nothing but these.
         microbatch_size: Cut each batch into pieces of at most so many samples, which bounds the memory of a product.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
+        compile: ``"auto"``, ``True`` or ``False``: whether products are compiled (see `Objective`).
 
     Returns:
         The diagonal and its standard errors, its sum and the sum of its squares, and what they cost.
@@ -110,4 +112,4 @@ def diagonal(
             return hutchinson_diagonal(operator, **asked)
         return xdiag(operator, memory=room, **asked)
 
-    return measure(objective, kind, run, {"metric": "diagonal"})
+    return measure(objective, kind, run, {"metric": "diagonal"}, expected=num_matvecs)

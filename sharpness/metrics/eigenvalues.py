@@ -32,6 +32,7 @@ from sharpness.results import EigenResult
 
 Method: TypeAlias = Literal["lanczos", "power", "lobpcg", "arpack", "dense", "pyhessian"]
 METHODS = ("lanczos", "power", "lobpcg", "arpack", "dense", "pyhessian")
+_USUAL, _USUAL_EACH = 8, 3  # products that a trained network takes, in all and for each eigenvalue
 ITERATIVE: dict[str, Callable[..., EigenResult]] = {
     "lanczos": lanczos,
     "power": power_iteration,
@@ -67,6 +68,7 @@ def top_eigenvalues(
     memory: int | str = "auto",
     microbatch_size: int | None = None,
     precision: str = "exact",
+    compile: bool | str = "auto",
 ) -> EigenResult:
     r"""Compute the top eigenvalues of the Hessian of a model's loss over a whole loader.
 
@@ -115,6 +117,7 @@ def top_eigenvalues(
             Lanczos, which restarts when its share is full; ``0`` keeps no more than the least that works.
         microbatch_size: Cut each batch into pieces of at most so many samples, which bounds the memory of a product.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
+        compile: ``"auto"``, ``True`` or ``False``: whether products are compiled (see `Objective`).
 
     Returns:
         Eigenvalues with residuals and intervals, converged or not, and what they cost.
@@ -203,8 +206,12 @@ def top_eigenvalues(
         )
 
     with objective.session():
+        usual = _USUAL + _USUAL_EACH * count(which, k, objective.n)
         operator: LinearOperator = CurvatureOperator(
-            objective, kind, before=lambda: warn_of_memory(objective, kind, plan, basis_device)
+            objective,
+            kind,
+            before=lambda: warn_of_memory(objective, kind, plan, basis_device),
+            expected=min(num_matvecs or usual, usual),
         )
         if method == "lanczos":
             lanczos_steps(

@@ -54,6 +54,7 @@ def epsilon_sharpness(
     memory: int | str = "auto",
     microbatch_size: int | None = None,
     precision: str = "exact",
+    compile: bool | str = "auto",
 ) -> EpsilonSharpnessResult:
     r"""Compute the epsilon-sharpness of Keskar et al. (2017): how far the loss can rise in a small box.
 
@@ -105,6 +106,7 @@ def epsilon_sharpness(
         memory: Bytes (or ``"2GiB"``) of batches, and of a random ``A``, that may be kept between evaluations.
         microbatch_size: Cut each batch into pieces of at most so many samples.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
+        compile: ``"auto"``, ``True`` or ``False``: whether products are compiled (see `Objective`).
 
     Returns:
         The percentage, the two losses, and what each start of each draw reached.

@@ -41,9 +41,22 @@ def plan_vectors(objective: Objective, likely: int) -> int:
 
 
 def measure(
-    objective: Objective, curvature: Curvature, run: Callable[[LinearOperator], R], settings: Mapping[str, Any]
+    objective: Objective,
+    curvature: Curvature,
+    run: Callable[[LinearOperator], R],
+    settings: Mapping[str, Any],
+    *,
+    expected: int,
 ) -> R:
-    """Return the record of an estimate with what the objective knows: passes, time, names, provenance."""
+    """Return the record of an estimate with what the objective knows: passes, time, names, provenance.
+
+    Args:
+        objective: The objective.
+        curvature: Which matrix.
+        run: The estimate.
+        settings: Added to those of the record.
+        expected: About how many products it takes.
+    """
     started, passes = time.perf_counter(), objective.num_passes
 
     def completed(result: R) -> R:
@@ -61,7 +74,7 @@ def measure(
 
     with objective.session():
         operator = CurvatureOperator(
-            objective, curvature, before=lambda: warn_of_memory(objective, curvature, None, None)
+            objective, curvature, before=lambda: warn_of_memory(objective, curvature, None, None), expected=expected
         )
         try:
             return completed(run(operator))

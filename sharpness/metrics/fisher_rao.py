@@ -45,6 +45,7 @@ def fisher_rao_norm(
     memory: int | str = "auto",
     microbatch_size: int | None = None,
     precision: str = "exact",
+    compile: bool | str = "auto",
 ) -> ScalarResult:
     r"""Compute the squared Fisher-Rao norm of the weights.
 
@@ -83,6 +84,7 @@ def fisher_rao_norm(
         memory: Bytes (or ``"2GiB"``) of batches that may be kept between evaluations.
         microbatch_size: Cut each batch into pieces of at most so many samples.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
+        compile: ``"auto"``, ``True`` or ``False``: whether products are compiled (see `Objective`).
 
     Returns:
         The squared norm, exact up to rounding, and with ``method="outputs"`` whether it is that of the weights.

@@ -41,6 +41,7 @@ def frobenius_norm(
     memory: int | str = "auto",
     microbatch_size: int | None = None,
     precision: str = "exact",
+    compile: bool | str = "auto",
 ) -> ScalarResult:
     r"""Estimate the Frobenius norm of the Hessian of a model's loss: the root of the sum of all squared eigenvalues.
 
@@ -66,6 +67,7 @@ def frobenius_norm(
             the method; ``0`` keeps nothing but these.
         microbatch_size: Cut each batch into pieces of at most so many samples, which bounds the memory of a product.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
+        compile: ``"auto"``, ``True`` or ``False``: whether products are compiled (see `Objective`).
 
     Returns:
         The norm with its standard error and interval; the samples are those of the squared norm.
@@ -109,4 +111,4 @@ def frobenius_norm(
             on_failure=on_failure,
         )
 
-    return measure(objective, kind, run, {"metric": "frobenius_norm"})
+    return measure(objective, kind, run, {"metric": "frobenius_norm"}, expected=num_matvecs or _LIKELY)

@@ -52,7 +52,7 @@ def traces_of_layers(
     objective.require(curvature)
     where = slices_of(objective, groups)
     exact = is_small(n, num_matvecs)
-    operator = _operator(objective, curvature)
+    operator = _operator(objective, curvature, n if exact else num_matvecs or _LIKELY)
     most = 0 if exact else _most_vectors(objective, operator, None if num_matvecs is None else budget // 2)
     started, passes = time.perf_counter(), objective.num_passes
     total = n if exact else num_matvecs
@@ -124,7 +124,7 @@ def diagonals_of_layers(
     started, passes = time.perf_counter(), objective.num_passes
     asked: dict[str, Any] = {"num_matvecs": num_matvecs, "seed": objective.seed, "progress": objective.progress}
     with objective.session():
-        operator = _operator(objective, curvature)
+        operator = _operator(objective, curvature, num_matvecs)
         if method == "xdiag" and num_matvecs < n:
             whole, variances = _xdiag(objective, operator, where, num_matvecs)
         else:
@@ -187,8 +187,10 @@ def _sum(diagonal: Tensor, pieces: Slices) -> Tensor:
     return torch.stack([diagonal[piece].sum() for piece in pieces]).sum()
 
 
-def _operator(objective: Objective, curvature: Curvature) -> CurvatureOperator:
-    return CurvatureOperator(objective, curvature, before=lambda: warn_of_memory(objective, curvature, None, None))
+def _operator(objective: Objective, curvature: Curvature, expected: int) -> CurvatureOperator:
+    return CurvatureOperator(
+        objective, curvature, before=lambda: warn_of_memory(objective, curvature, None, None), expected=expected
+    )
 
 
 def _sketch(objective: Objective, operator: LinearOperator, spent: Callable[[int], object]) -> Sketch:

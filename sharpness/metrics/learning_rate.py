@@ -49,6 +49,7 @@ def learning_rate_limit(
     memory: int | str = "auto",
     microbatch_size: int | None = None,
     precision: str = "exact",
+    compile: bool | str = "auto",
 ) -> LearningRateResult:
     r"""Compute the largest learning rate at which full-batch training is stable at these weights.
 
@@ -91,6 +92,7 @@ def learning_rate_limit(
         memory: Bytes (or ``"2GiB"``) that may be kept between products.
         microbatch_size: Cut each batch into pieces of at most so many samples.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
+        compile: ``"auto"``, ``True`` or ``False``: whether products are compiled (see `Objective`).
 
     Returns:
         The limit with an interval (that of the eigenvalue, turned over), the eigenvalue, and the decrease of the loss

@@ -39,6 +39,7 @@ def low_pass_sharpness(
     memory: int | str = "auto",
     microbatch_size: int | None = None,
     precision: str = "exact",
+    compile: bool | str = "auto",
 ) -> PerturbationResult:
     r"""Estimate the loss convolved with a Gaussian, the measure of Bisla et al. (2022).
 
@@ -68,6 +69,7 @@ def low_pass_sharpness(
         memory: Bytes (or ``"2GiB"``) of batches that may be kept between evaluations.
         microbatch_size: Cut each batch into pieces of at most so many samples.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
+        compile: ``"auto"``, ``True`` or ``False``: whether products are compiled (see `Objective`).
 
     Returns:
         The mean perturbed loss, its standard error, and the unperturbed loss.

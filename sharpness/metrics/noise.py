@@ -41,6 +41,7 @@ def gradient_noise_scale(
     memory: int | str = "auto",
     microbatch_size: int | None = None,
     precision: str = "exact",
+    compile: bool | str = "auto",
 ) -> NoiseResult:
     r"""Estimate the noise of mini-batch gradients against the gradient itself.
 
@@ -85,6 +86,7 @@ def gradient_noise_scale(
         memory: Bytes (or ``"2GiB"``) of batches that may be kept between passes.
         microbatch_size: Cut each batch into pieces of at most so many samples for the mean gradient.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
+        compile: ``"auto"``, ``True`` or ``False``: whether products are compiled (see `Objective`).
 
     Returns:
         The noise scale with its standard error and interval, both parts with theirs, and measured errors of the

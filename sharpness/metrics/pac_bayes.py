@@ -53,6 +53,7 @@ def pac_bayes_sharpness(
     memory: int | str = "auto",
     microbatch_size: int | None = None,
     precision: str = "exact",
+    compile: bool | str = "auto",
 ) -> PerturbationResult:
     r"""Find the noise in the weights that moves the accuracy by a tenth; the measure is one over its variance.
 
@@ -91,6 +92,7 @@ def pac_bayes_sharpness(
         memory: Bytes (or ``"2GiB"``) of batches that may be kept between evaluations.
         microbatch_size: Cut each batch into pieces of at most so many samples.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
+        compile: ``"auto"``, ``True`` or ``False``: whether products are compiled (see `Objective`).
 
     Returns:
         ``1 / sigma^2`` with its standard error, and ``sigma``.

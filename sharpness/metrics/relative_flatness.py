@@ -49,6 +49,7 @@ def relative_flatness(
     memory: int | str = "auto",
     microbatch_size: int | None = None,
     precision: str = "exact",
+    compile: bool | str = "auto",
 ) -> ScalarResult:
     r"""Compute the relative flatness of a layer: the trace of the Hessian weighed by the layer's own weights.
 
@@ -83,6 +84,7 @@ def relative_flatness(
         memory: Bytes (or ``"2GiB"``) of batches that may be kept between evaluations.
         microbatch_size: Cut each batch into pieces of at most so many samples.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
+        compile: ``"auto"``, ``True`` or ``False``: whether products are compiled (see `Objective`).
 
     Returns:
         The number, with a standard error where it was estimated.

@@ -50,6 +50,7 @@ def report(
     memory: int | str = "auto",
     microbatch_size: int | None = None,
     precision: str = "exact",
+    compile: bool | str = "auto",
 ) -> Report:
     """Measure one model in every way, each measure with its doubt.
 
@@ -72,6 +73,7 @@ def report(
         memory: Bytes (or ``"2GiB"``) of batches that may be kept between evaluations.
         microbatch_size: Cut each batch into pieces of at most so many samples.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
+        compile: ``"auto"``, ``True`` or ``False``: whether products are compiled (see `Objective`).
 
     Returns:
         A mapping from names to records; its ``repr`` is a table, ``to_html`` writes a page.

@@ -43,6 +43,7 @@ def trace(
     memory: int | str = "auto",
     microbatch_size: int | None = None,
     precision: str = "exact",
+    compile: bool | str = "auto",
 ) -> TraceResult:
     r"""Estimate the trace of the Hessian of a model's loss: the total curvature, the sum of all eigenvalues.
 
@@ -75,6 +76,7 @@ def trace(
             the method; ``0`` keeps nothing but these.
         microbatch_size: Cut each batch into pieces of at most so many samples, which bounds the memory of a product.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
+        compile: ``"auto"``, ``True`` or ``False``: whether products are compiled (see `Objective`).
 
     Returns:
         The trace with its standard error, interval and samples, and what it cost.
@@ -120,4 +122,4 @@ def trace(
             return hutchinson(operator, **asked)
         return (xtrace if method == "xtrace" else hutchpp)(operator, memory=room, **asked)
 
-    return measure(objective, kind, run, {"metric": "trace"})
+    return measure(objective, kind, run, {"metric": "trace"}, expected=num_matvecs or _LIKELY)

@@ -49,6 +49,7 @@ def worst_case_sharpness(
     memory: int | str = "auto",
     microbatch_size: int | None = None,
     precision: str = "exact",
+    compile: bool | str = "auto",
 ) -> PerturbationResult:
     r"""Compute how far the loss can rise within a distance ``rho``: the sharpness that SAM minimises.
 
@@ -87,6 +88,7 @@ def worst_case_sharpness(
         memory: Bytes (or ``"2GiB"``) of batches that may be kept between evaluations.
         microbatch_size: Cut each batch into pieces of at most so many samples.
         precision: ``"exact"``, ``"tf32"``, ``"bfloat16"`` or ``"float16"`` (see `Objective`).
+        compile: ``"auto"``, ``True`` or ``False``: whether products are compiled (see `Objective`).
 
     Returns:
         The rise, the two losses, and with ``group_size`` the rise of each group.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class FirstOrder:
         return cls(
             roots=Roots.of(gradients),
             used=frozenset(i for i, g in enumerate(gradients) if g is not None),
-            total=terms.total.item(),
+            total=terms.number,
             weight=terms.weight,
             source=terms.source,
             custom=any(is_custom(node) for node in graph_nodes([terms.total])),
@@ -68,3 +68,7 @@ class FirstOrder:
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor that the graph keeps alive."""
         yield from self.roots.tensors()
+
+    def nodes(self) -> Iterator[Any]:
+        """Yield every node of the graph."""
+        yield from self.roots.nodes()

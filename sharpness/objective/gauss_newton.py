@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class GaussNewton:
             pulled_back=roots,
             middle=middle,
             used=frozenset(roots.positions),
-            total=terms.total.item(),
+            total=terms.number,
             weight=terms.weight,
             source=terms.source,
         )
@@ -86,3 +86,8 @@ class GaussNewton:
         yield from self.middle.tensors()
         yield from self.pulled_back.tensors()
         yield from graph_tensors(self.outputs)
+
+    def nodes(self) -> Iterator[Any]:
+        """Yield every node of the graphs that a product runs through."""
+        yield from self.pulled_back.nodes()
+        yield from graph_nodes(self.outputs)

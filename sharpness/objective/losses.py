@@ -33,6 +33,7 @@ from sharpness.objective.reduction import (
     require_additive,
     scalar,
 )
+from sharpness.objective.tape import unrecorded
 
 BatchLoss: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor, float]]
 
@@ -53,6 +54,12 @@ class Terms:
     loss_fn: LossFn | None = None  # None for a model's own loss
     resum: Callable[[Any, Any], Tensor] | None = None  # (outputs, targets) -> the sum of the loss terms
     source: Source | None = None
+
+    @property
+    def number(self) -> float:
+        """Return the sum of the loss terms as a number."""
+        with unrecorded():
+            return self.total.item()
 
     @property
     def loss_name(self) -> str:
@@ -147,10 +154,11 @@ class Criterion:
         if self._normalised:
             predictions = _normalised(loss_fn, predictions, targets)
         loss, weight = _measured(loss_fn, predictions, targets)
-        if self._reduction is None:
-            self._reduction = find_reduction(loss_fn, predictions, targets)
-        if self._reduction == "mean" and self._loss_fn is not None and not declares_reduction(loss_fn):
-            require_additive(loss_fn, predictions, targets)  # in each batch: ignored targets may be in any
+        with unrecorded():
+            if self._reduction is None:
+                self._reduction = find_reduction(loss_fn, predictions, targets)
+            if self._reduction == "mean" and self._loss_fn is not None and not declares_reduction(loss_fn):
+                require_additive(loss_fn, predictions, targets)  # in each batch: ignored targets may be in any
         if self._loss_fn is not None:
             self.name = f"{name_of(loss_fn)} ({self._reduction})"
         summed = self._reduction == "sum"
@@ -370,7 +378,8 @@ def _labels(targets: Any, outputs: Any) -> float:
         return float(targets.numel())
     logits = _logits(outputs)
     causal = "Causal" in type(outputs).__name__ and isinstance(logits, Tensor) and logits.ndim == 3
-    return float((targets[..., 1:] if causal else targets).ne(-100).sum().item())
+    with unrecorded():
+        return float((targets[..., 1:] if causal else targets).ne(-100).sum().item())
 
 
 def _cross_entropy_last(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -386,5 +395,6 @@ def _accuracy(loss_fn: LossFn, outputs: Any, targets: Any) -> tuple[float | None
         return None, None
     _, options = criterion_of(loss_fn)
     counted = (targets >= 0) & (targets != options.get("ignore_index", -100))
-    hits = (outputs.argmax(dim=1) == targets) & counted
-    return float(hits.sum().item()), float(counted.sum().item())
+    with unrecorded():
+        hits = (outputs.argmax(dim=1) == targets) & counted
+        return float(hits.sum().item()), float(counted.sum().item())

@@ -26,17 +26,28 @@ class Budget:
         self, memory: int | None, device: torch.device, free_of_charge: Iterable[Tensor] = (), *, reserved: int = 0
     ) -> None:
         self.left = max((int(_SHARE * free_bytes(device)) if memory is None else memory) - reserved, 0)
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in free_of_charge}
+        self._free = {tensor.untyped_storage().data_ptr() for tensor in free_of_charge}
+        self._holders: dict[int, int] = {}  # how many have taken each storage
 
     def take(self, tensors: Iterable[Tensor]) -> bool:
         """Charge for the tensors' storages if all of them fit; return whether they did."""
-        new = storages(tensors)
-        new = {pointer: size for pointer, size in new.items() if pointer not in self._seen}
-        if sum(new.values()) >= self.left:
+        wanted = {pointer: size for pointer, size in storages(tensors).items() if pointer not in self._free}
+        new = sum(size for pointer, size in wanted.items() if pointer not in self._holders)
+        if new >= self.left:
             return False
-        self._seen.update(new)
-        self.left -= sum(new.values())
+        for pointer in wanted:
+            self._holders[pointer] = self._holders.get(pointer, 0) + 1
+        self.left -= new
         return True
+
+    def release(self, tensors: Iterable[Tensor]) -> None:
+        """Give back what `take` has charged for these tensors, as far as nobody else has taken it."""
+        for pointer, size in storages(tensors).items():
+            if pointer in self._holders:
+                self._holders[pointer] -= 1
+                if not self._holders[pointer]:
+                    del self._holders[pointer]
+                    self.left += size
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:

@@ -15,10 +15,11 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor, nn
 
-from sharpness._checks import check_choice, check_count, check_memory, check_seed
+from sharpness._checks import check_choice, check_compile, check_count, check_memory, check_seed
 from sharpness._progress import check_progress
 from sharpness._warn import warn
 from sharpness.errors import ArgumentError, DeterminismWarning
+from sharpness.objective.compiler import Compiler
 from sharpness.objective.curvature import HESSIAN, Curvature
 from sharpness.objective.data import Batches
 from sharpness.objective.estimate import GraphSize, graph_size
@@ -69,6 +70,8 @@ class Objective:
             checked on the first batch, and refused where batch statistics would change it.
         precision: ``"exact"`` switches off autocast and TensorFloat-32, whatever the settings around the call;
             ``"tf32"`` allows the latter; ``"bfloat16"`` and ``"float16"`` run the forward pass under autocast.
+        compile: ``"auto"`` compiles products, or loads the code that an earlier run has left, where that is likely to
+            save time; ``True`` does so in any case, ``False`` never.
 
     Attributes:
         model: The module itself, without wrappers.
@@ -105,6 +108,7 @@ class Objective:
         memory: int | str = "auto",
         microbatch_size: int | None = None,
         precision: str = "exact",
+        compile: bool | str = "auto",
     ) -> None:
         self._given = {name: value for name, value in locals().items() if name not in ("self", "model")}
         if not isinstance(model, nn.Module):
@@ -118,6 +122,7 @@ class Objective:
         self.memory = check_memory(memory)
         self.microbatch_size = None if microbatch_size is None else check_count("microbatch_size", microbatch_size)
         self.precision = check_choice("precision", precision, PRECISIONS)
+        self.compile = check_compile(compile)
         self.criterion = Criterion(loss_fn, batch_loss)
         self.parameters = choose(self.model, params)
         check_autocast(self.precision, self.dtype)
@@ -137,6 +142,7 @@ class Objective:
             check_no_batch_statistics(self.model, self.mode)
         self._pieces_checked = self.microbatch_size is None
         self._depth = 0
+        self._compiler = Compiler(self.compile, self.precision)
         self._engines: dict[Curvature, Products] = {}
         self._leaves: list[Tensor] = []
         self._snapshot: list[Tensor] | None = None  # what the kept graphs were made for
@@ -256,6 +262,7 @@ class Objective:
         *,
         curvature: Curvature = HESSIAN,
         blocks: Sequence[Sequence[int]] | None = None,
+        expected: int | None = None,
     ) -> list[Tensor]:
         """Return the product of a curvature matrix with each vector; one pass over the data for all of them.
 
@@ -263,6 +270,8 @@ class Objective:
             vectors: ``(n,)`` each, or with the entries of its block.
             curvature: Which matrix.
             blocks: For each vector the positions in `parameters` of the diagonal block to multiply by; all if ``None``.
+            expected: About how many products are to come, these included, which decides what is worth preparing;
+                ``None`` takes them to be as many as there were.
 
         Raises:
             NonFiniteError: If the loss, gradient or product of a batch is NaN or infinite.
@@ -272,7 +281,7 @@ class Objective:
         self.require(curvature)
         wanted = [Request.of(self.parameters, v, None if blocks is None else blocks[i]) for i, v in enumerate(vectors)]
         with self.session():
-            found = self._with_graphs(curvature, lambda engine, leaves: engine.multiply(self.passes, leaves, wanted))
+            found = self._with_graphs(curvature, lambda e, leaves: e.multiply(self.passes, leaves, wanted, expected))
             engine = self._engines[curvature]
             self._loss = engine.loss
             self.unused = tuple(name for i, name in enumerate(self.parameters.names) if i not in engine.used)
@@ -283,17 +292,8 @@ class Objective:
         self.require(curvature)
         request = Request.of(self.parameters, v)
         with self.session():
-
-            def forms(engine: Products, leaves: list[Tensor]) -> list[tuple[float, float]]:
-                found = []
-                for share in engine.shares(self.passes, leaves, [request]):
-                    pairs = zip(share.pieces[0], request.directions, strict=True)
-                    form = sum(torch.sum(p.double() * d.double()).item() for p, d in pairs if p is not None)
-                    found.append((form / share.weight, share.weight))
-                    del share, pairs
-                return found
-
-            values, weights = zip(*self._with_graphs(curvature, forms), strict=True)
+            forms = self._with_graphs(curvature, lambda engine, leaves: engine.forms(self.passes, leaves, request))
+            values, weights = zip(*forms, strict=True)
             return torch.tensor(values, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
 
     def require(self, curvature: Curvature) -> None:
@@ -395,5 +395,5 @@ class Objective:
             self._leaves = self.functional.leaves()
             self._snapshot = [tensor.detach().clone() for tensor in self.functional.state()]
         leaves = self._leaves or self.functional.leaves()
-        engine = self._engines.setdefault(curvature, Products(curvature, self.seed))
+        engine = self._engines.setdefault(curvature, Products(curvature, self.seed, self._compiler))
         return self.functional.inside(self.functional.places(leaves), lambda: use(engine, leaves))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import final
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, final
 
 from torch import Tensor, nn
 
@@ -67,33 +68,47 @@ class Passes:
             weightless: Also yield batches whose terms have no weight, and whose total means nothing.
             finite: Refuse a loss that is NaN or infinite.
         """
-        self.count += 1
-        self.batches.settle(self.room())
-        places = self._functional.places(leaves, tensors)
-        renewed = any(module.training for module in self._model.modules())
         found = 0.0
-        for i, batch in self.batches.walk(draw=draw):
+        for i, _, evaluate in self.walk(leaves, draw=draw, tensors=tensors):
             if skip is not None and i in skip:
                 found += skip[i]
                 continue
-            if renewed:  # batch norm and its like write to their buffers
-                places = self._functional.places(leaves, tensors)
-            reseed(self._seed, draw, i)
-            terms = self._functional.terms(batch, places)
+            terms = evaluate()
             if terms.weight == 0:
                 if weightless:
                     yield i, terms
                 del terms
                 continue
             found += terms.weight
-            if finite:
-                _require_finite(i, terms)
-            if leaves[0].requires_grad and not terms.total.requires_grad:
-                require_dependence(())
+            require_usable(i, terms, leaves, finite=finite)
             yield i, terms
             del terms  # the graph must not outlive its batch
-        require_terms(found)
-        self.num_terms = found
+        self.walked(found)
+
+    def walked(self, weight: float) -> None:
+        """Take note of the number of loss terms of a whole walk.
+
+        Raises:
+            NoTermsError: If it is 0.
+        """
+        require_terms(weight)
+        self.num_terms = weight
+
+    def walk(
+        self, leaves: Sequence[Tensor], *, draw: int = 0, tensors: Mapping[str, Tensor] | None = None
+    ) -> Iterator[tuple[int, Any, Callable[[], Terms]]]:
+        """Walk the data once and yield the position of each batch, the batch, and what returns its terms."""
+        self.count += 1
+        self.batches.settle(self.room())
+        places = self._functional.places(leaves, tensors)
+        renewed = any(module.training for module in self._model.modules())  # batch norm and its like write to buffers
+
+        def evaluate(i: int, batch: Any) -> Terms:
+            reseed(self._seed, draw, i)
+            return self._functional.terms(batch, self._functional.places(leaves, tensors) if renewed else places)
+
+        for i, batch in self.batches.walk(draw=draw):
+            yield i, batch, partial(evaluate, i, batch)
 
     def room(self) -> Budget:
         """Return what memory there is to keep batches and graphs."""
@@ -108,10 +123,23 @@ class Passes:
         self._room = None
 
 
+def require_usable(i: int, terms: Terms, leaves: Sequence[Tensor], *, finite: bool = True) -> None:
+    """Refuse a loss that is not finite, if asked for, or that the parameters have no part in.
+
+    Raises:
+        NonFiniteError: If the loss of batch ``i`` is NaN or infinite.
+        ModelError: If it does not depend on leaves that are to be differentiated by.
+    """
+    if finite:
+        _require_finite(i, terms)
+    if leaves[0].requires_grad and not terms.total.requires_grad:
+        require_dependence(())
+
+
 def _require_finite(i: int, terms: Terms) -> None:
-    if not math.isfinite(terms.total.item()):
+    if not math.isfinite(terms.number):
         raise NonFiniteError(
-            f"the loss of batch {i} (counted from 0) is {terms.total.item()}. "
+            f"the loss of batch {i} (counted from 0) is {terms.number}. "
             "Check this batch for NaN, and the weights for overflow."
         )
 

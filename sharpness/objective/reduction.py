@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from sharpness.errors import ArgumentError, ModelError
 from sharpness.objective.data import describe, map_tensors, tensors_in
+from sharpness.objective.tape import unrecorded
 
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 
@@ -44,6 +45,7 @@ def criterion_of(loss_fn: LossFn | None) -> tuple[Any, dict[str, Any]]:
     return function, options
 
 
+@unrecorded()
 def count_terms(loss_fn: LossFn, outputs: Any, targets: Any) -> float:
     """Return the number of terms that the mean over this batch would divide by.
 

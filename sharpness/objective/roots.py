@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from sharpness.objective.memory import graph_tensors
+from sharpness.objective.memory import graph_nodes, graph_tensors
 
 # Before 2.6 PyTorch differentiates tensors only, not the edges of a graph that they come from.
 _EDGES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
@@ -54,3 +54,7 @@ class Roots:
         """Yield every tensor that the graphs keep alive."""
         yield from (edge for edge in self.edges if isinstance(edge, Tensor))
         yield from graph_tensors(self.edges)
+
+    def nodes(self) -> Iterator[Any]:
+        """Yield every node of the graphs."""
+        yield from graph_nodes(self.edges)

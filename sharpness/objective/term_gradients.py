@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from sharpness.objective.diagnosis import Source, explained
 from sharpness.objective.losses import Terms
-from sharpness.objective.memory import graph_tensors
+from sharpness.objective.memory import graph_nodes, graph_tensors
 from sharpness.objective.output_curvature import OuterProducts
 
 
@@ -36,7 +36,7 @@ class TermGradients:
         with explained(terms.source):
             whole = torch.autograd.grad(middle.outputs, leaves, ones, retain_graph=True, allow_unused=True)
         used = frozenset(i for i, g in enumerate(whole) if g is not None)
-        return cls(middle, used, terms.total.item(), terms.weight, terms.source)
+        return cls(middle, used, terms.number, terms.weight, terms.source)
 
     def product(
         self, leaves: Sequence[Tensor], block: Sequence[int], directions: Sequence[Tensor], *, keep: bool
@@ -62,3 +62,7 @@ class TermGradients:
         """Yield every tensor that is kept alive between products."""
         yield from self.middle.tensors()
         yield from graph_tensors(self.middle.outputs)
+
+    def nodes(self) -> Iterator[Any]:
+        """Yield every node of the graph."""
+        yield from graph_nodes(self.middle.outputs)

@@ -21,12 +21,20 @@ class CurvatureOperator(LinearOperator):
         objective: Model, loss and data.
         curvature: Which matrix.
         before: Called once, before the first product.
+        expected: About how many products there will be, if that is known: it decides what is worth preparing.
 
     Raises:
         ArgumentError: If the loss does not define this curvature.
     """
 
-    def __init__(self, objective: Objective, curvature: Curvature, *, before: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        curvature: Curvature,
+        *,
+        before: Callable[[], None] | None = None,
+        expected: int | None = None,
+    ) -> None:
         if not isinstance(objective, Objective):
             raise ArgumentError(
                 f"`objective` must be an Objective, got {type(objective).__name__}. Pass Objective(model, loader)."
@@ -36,6 +44,7 @@ class CurvatureOperator(LinearOperator):
         self.objective = objective
         self.curvature = curvature
         self._before = before
+        self._expected = expected
 
     def product_error(self, rows: Tensor) -> float | None:
         """Return the rounding error of products with the rows, measured against float64 on the first samples."""
@@ -51,7 +60,10 @@ class CurvatureOperator(LinearOperator):
         if self._before is not None:
             before, self._before = self._before, None
             before()
-        return self.objective.products(vectors, curvature=self.curvature)
+        found = self.objective.products(vectors, curvature=self.curvature, expected=self._expected)
+        if self._expected is not None:
+            self._expected = max(self._expected - len(vectors), 0)
+        return found
 
 
 @final

@@ -85,6 +85,7 @@ def test_errors_are_also_what_python_would_raise():
         errors.StateWarning,
         errors.PrecisionWarning,
         errors.MemoryWarning,
+        errors.CompileWarning,
     ):
         assert issubclass(warning, errors.SharpnessWarning)
         assert issubclass(warning, UserWarning)

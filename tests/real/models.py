@@ -41,6 +41,7 @@ class Trained:
     quality: Callable[[nn.Module], float]  # between 0 and 1, high where it is trained
     options: dict[str, Any] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    streamed: bool = True  # whether batches that are not kept can be recorded
     h: float = 1e-9  # step of the central difference: small, not to cross a kink
     close: float = 1e-4  # what that leaves of the difference
 
@@ -170,6 +171,7 @@ def minilm() -> Trained:
         terms,
         quality,
         {"batch_loss": mean},
+        streamed=False,  # reads its mask
         h=1e-4,
         close=1e-5,
         unused=("pooler.dense.weight", "pooler.dense.bias"),
@@ -235,7 +237,9 @@ def g2p() -> Trained:
         hits = [model(b[0], b[1]).argmax(2)[b[2] != -100] == b[2][b[2] != -100] for b in loader]
         return float(torch.cat(hits).float().mean())
 
-    return Trained(model, loader, terms, quality, h=1e-6, close=1e-6)
+    return Trained(
+        model, loader, terms, quality, h=1e-6, close=1e-6, streamed=False
+    )  # gates write into a shared tensor
 
 
 class VoiceActivity(nn.Module):
@@ -298,6 +302,7 @@ def silero() -> Trained:
         loader=list(zip(x.split(3), y.split(3), strict=True)),
         terms=terms,
         quality=lambda m: float(((m(x) > 0) == (y > 0)).float().mean()),
+        streamed=False,  # gates write into a shared tensor
         options={"loss_fn": nn.BCEWithLogitsLoss()},
     )
 

@@ -7,6 +7,7 @@ import torch
 
 import sharpness
 from sharpness import HessianOperator, Objective
+from sharpness.objective import compiler, replay
 from sharpness.objective.data import map_tensors
 from tests.checks import assert_untouched
 from tests.plain import Plain
@@ -45,6 +46,26 @@ def test_products_are_symmetric_and_those_of_the_gradient(trained):
     assert hv.norm() > 0
     assert (u @ hv - v @ hu).abs() <= 1e-10 * hv.norm()
     assert (hv - plain.difference(v, trained.h)).norm() <= trained.close * hv.norm()
+
+
+def test_all_engines_agree(trained, monkeypatch):
+    """Graphs, tapes of them in the same bits, and programs for batches that are not kept, run as they are."""
+    operator = HessianOperator(Objective(trained.model, trained.loader, memory=0, compile=False, **trained.options))
+    v = torch.randn(operator.n, generator=torch.Generator().manual_seed(0))
+    expected = operator @ v
+    monkeypatch.setattr(replay, "_PER_NODE", 0.0)
+    kept = HessianOperator(Objective(trained.model, trained.loader, compile=False, **trained.options))
+    found = [kept @ v for _ in range(3)]
+    assert all(torch.equal(product, found[0]) for product in found)
+    monkeypatch.setattr(compiler, "_SUPPORTED", True)
+    monkeypatch.setattr(compiler.Compiler, "run", lambda self, program, example: program.graph)
+    streamed = HessianOperator(Objective(trained.model, trained.loader, memory=0, compile=True, **trained.options))
+    with streamed.objective.session():
+        found += [streamed @ v for _ in range(3)]
+    told = [one.objective.provenance(one.curvature)["engine"] for one in (kept, streamed)]
+    assert told == ["recorded", "compiled" if trained.streamed else "autograd"]
+    for product in found:
+        assert (product - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_top_eigenvalues_are_certified(trained):
