@@ -19,7 +19,7 @@ from torch import Tensor
 from sharpness.objective.diagnosis import Source, explained, is_custom
 from sharpness.objective.losses import Terms
 from sharpness.objective.memory import graph_nodes, graph_tensors
-from sharpness.objective.output_curvature import OutputCurvature
+from sharpness.objective.output_matrices import OutputCurvature
 from sharpness.objective.roots import Roots
 
 

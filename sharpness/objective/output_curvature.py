@@ -15,9 +15,8 @@ weights weigh the terms. What enters the loss past the outputs, a penalty on the
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any, final
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +26,9 @@ from sharpness.errors import ArgumentError, ModelError
 from sharpness.objective.curvature import Curvature
 from sharpness.objective.data import describe, map_tensors, tensors_in
 from sharpness.objective.losses import Terms
-from sharpness.objective.memory import graph_tensors
+from sharpness.objective.output_matrices import Diagonal, LossHessian, OuterProducts, OutputCurvature
 from sharpness.objective.reduction import criterion_of
+from sharpness.objective.softmax import Softmax
 
 # Where the loss is the negative log-likelihood of an exponential family in its natural parameters, the Hessian with
 # respect to the outputs depends on the targets by their weights at most, and the Fisher matrix is the Gauss-Newton one.
@@ -40,120 +40,11 @@ _NATURAL: tuple[Any, ...] = (
     nn.MSELoss,  # a Gaussian of variance 1/2 per element
     functional.mse_loss,
 )
+_CROSS_ENTROPY: tuple[Any, ...] = (nn.CrossEntropyLoss, functional.cross_entropy)
 _LOG_PROBABILITIES: tuple[Any, ...] = (nn.NLLLoss, functional.nll_loss)
 _PROBABILITIES: tuple[Any, ...] = (nn.BCELoss, functional.binary_cross_entropy)
 _COUNTS: tuple[Any, ...] = (nn.PoissonNLLLoss, functional.poisson_nll_loss)
 _LAPLACE: tuple[Any, ...] = (nn.L1Loss, functional.l1_loss)
-
-
-class OutputCurvature(ABC):
-    """A positive semi-definite matrix over the outputs of one batch, known by its products."""
-
-    def __init__(self, outputs: Sequence[Tensor]) -> None:
-        self.outputs = tuple(outputs)
-
-    @abstractmethod
-    def times(self, ahead: Sequence[Tensor]) -> list[Tensor]:
-        """Return the product with one tensor per output."""
-
-    @abstractmethod
-    def tensors(self) -> Iterator[Tensor]:
-        """Yield every tensor that is kept alive between products."""
-
-
-@final
-class LossHessian(OutputCurvature):
-    """The Hessian of the loss with respect to the outputs."""
-
-    def __init__(self, outputs: Sequence[Tensor], total: Tensor) -> None:
-        super().__init__(outputs)
-        slopes = torch.autograd.grad(total, self.outputs, create_graph=True, allow_unused=True)
-        self._slopes = [(i, slope) for i, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
-
-    def times(self, ahead: Sequence[Tensor]) -> list[Tensor]:
-        """Return the product with one tensor per output."""
-        if not self._slopes:  # the loss is linear in the outputs, almost everywhere
-            return [torch.zeros_like(u) for u in ahead]
-        slopes = [slope for _, slope in self._slopes]
-        along = [ahead[i] for i, _ in self._slopes]
-        found = torch.autograd.grad(slopes, self.outputs, along, retain_graph=True, allow_unused=True)
-        return [torch.zeros_like(u) if w is None else w.detach() for w, u in zip(found, ahead, strict=True)]
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Yield every tensor that is kept alive between products."""
-        slopes = [slope for _, slope in self._slopes]
-        yield from slopes
-        yield from graph_tensors(slopes)
-
-
-@final
-class Diagonal(OutputCurvature):
-    """A diagonal matrix, for outputs whose Fisher matrix is one."""
-
-    def __init__(self, output: Tensor, diagonal: Tensor) -> None:
-        super().__init__([output])
-        self._diagonal = diagonal.detach()
-
-    def times(self, ahead: Sequence[Tensor]) -> list[Tensor]:
-        """Return the product with one tensor per output."""
-        return [self._diagonal * ahead[0]]
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Yield every tensor that is kept alive between products."""
-        yield self._diagonal
-
-
-@final
-class OuterProducts(OutputCurvature):
-    """The mean over draws of ``c_t a_t a_t'`` for each term ``t``."""
-
-    def __init__(
-        self, outputs: Sequence[Tensor], draws: Sequence[Sequence[Tensor]], class_dim: int | None, scale: Tensor | float
-    ) -> None:
-        super().__init__(outputs)
-        self._class_dim = class_dim
-        self._draws = [[self._by_term(a) for a in slopes] for slopes in draws]
-        self._scale = scale
-
-    def times(self, ahead: Sequence[Tensor]) -> list[Tensor]:
-        """Return the product with one tensor per output."""
-        along = [self._by_term(u) for u in ahead]
-        found = [torch.zeros_like(u) for u in along]
-        for slopes in self._draws:
-            inner = torch.stack([(a * u).sum(dim=1) for a, u in zip(slopes, along, strict=True)]).sum(dim=0)
-            share = (inner * self._scale / len(self._draws))[:, None]
-            for w, a in zip(found, slopes, strict=True):
-                w.addcmul_(a, share)
-        return [self._as_output(w, u) for w, u in zip(found, ahead, strict=True)]
-
-    def terms(self) -> Iterator[tuple[list[Tensor], float]]:
-        """Yield for each term its derivative by the outputs, zero elsewhere, and the weight of its outer product."""
-        for slopes in self._draws:
-            for t in range(len(slopes[0])):
-                if any(bool(a[t].any()) for a in slopes):
-                    alone = [torch.zeros_like(a) for a in slopes]
-                    for whole, a in zip(alone, slopes, strict=True):
-                        whole[t] = a[t]
-                    scale = self._scale[t].item() if isinstance(self._scale, Tensor) else self._scale
-                    yield (
-                        [self._as_output(a, out) for a, out in zip(alone, self.outputs, strict=True)],
-                        scale / len(self._draws),
-                    )
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Yield every tensor that is kept alive between products."""
-        for slopes in self._draws:
-            yield from slopes
-
-    def _by_term(self, tensor: Tensor) -> Tensor:  # -> (terms, outputs of one term)
-        if self._class_dim is None:
-            return tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)
-        return tensor.movedim(self._class_dim, -1).reshape(-1, tensor.shape[self._class_dim])
-
-    def _as_output(self, by_term: Tensor, like: Tensor) -> Tensor:
-        if self._class_dim is None:
-            return by_term.view_as(like)
-        return by_term.view(like.movedim(self._class_dim, -1).shape).movedim(-1, self._class_dim)
 
 
 def output_curvature(curvature: Curvature, terms: Terms, generator: torch.Generator) -> OutputCurvature:
@@ -178,8 +69,18 @@ def output_curvature(curvature: Curvature, terms: Terms, generator: torch.Genera
         slopes = [torch.zeros_like(out) if a is None else a for a, out in zip(found, outputs, strict=True)]
         return _outer(outputs, [slopes], terms)
     if curvature.name == "ggn":
-        return LossHessian(outputs, terms.total)
+        return _loss_hessian(terms, outputs)
     return _fisher(curvature, terms, outputs, generator)
+
+
+def _loss_hessian(terms: Terms, outputs: Sequence[Tensor]) -> OutputCurvature:
+    """Return the Hessian of the loss with respect to the outputs, in closed form for cross-entropy of class labels."""
+    kind, options = criterion_of(terms.loss_fn)
+    dim = _class_dim(terms)
+    smoothed_by_class = options.get("label_smoothing", 0.0) > 0 and isinstance(options.get("weight"), Tensor)
+    if kind in _CROSS_ENTROPY and dim is not None and outputs[0] is terms.outputs and not smoothed_by_class:
+        return Softmax(outputs[0], dim, _class_weights(terms, options))
+    return LossHessian(outputs, terms.total)
 
 
 def _fisher(
@@ -190,7 +91,7 @@ def _fisher(
     if curvature.sample_targets is None and len(outputs) == 1:
         f = outputs[0].detach()
         if kind in _NATURAL or (kind in _COUNTS and options.get("log_input", True)):
-            return LossHessian(outputs, terms.total)
+            return _loss_hessian(terms, outputs)
         if kind in _LOG_PROBABILITIES and _class_dim(terms) is not None:
             return Diagonal(outputs[0], f.exp() * _class_weights(terms, options))
         if kind in _PROBABILITIES:

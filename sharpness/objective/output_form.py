@@ -13,7 +13,8 @@ from sharpness.objective.curvature import Curvature
 from sharpness.objective.data import tensors_in
 from sharpness.objective.guard import derived_seed, reseed
 from sharpness.objective.objective import Objective
-from sharpness.objective.output_curvature import OuterProducts, count_samples, output_curvature
+from sharpness.objective.output_curvature import count_samples, output_curvature
+from sharpness.objective.output_matrices import OuterProducts
 
 _STRETCH = 1.0625  # exact in every dtype
 _ROUNDING = 1e-4  # relative change of outputs that rounding may make

@@ -19,7 +19,8 @@ from sharpness.objective.gauss_newton import GaussNewton
 from sharpness.objective.guard import derived_seed
 from sharpness.objective.linearised import Linearised
 from sharpness.objective.losses import Terms
-from sharpness.objective.output_curvature import OuterProducts, output_curvature
+from sharpness.objective.output_curvature import output_curvature
+from sharpness.objective.output_matrices import OuterProducts
 from sharpness.objective.parameters import Parameters
 from sharpness.objective.passes import Passes, require_dependence, require_usable
 from sharpness.objective.replay import Replay, Replays

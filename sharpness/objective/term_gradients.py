@@ -15,7 +15,7 @@ from torch import Tensor
 from sharpness.objective.diagnosis import Source, explained
 from sharpness.objective.losses import Terms
 from sharpness.objective.memory import graph_nodes, graph_tensors
-from sharpness.objective.output_curvature import OuterProducts
+from sharpness.objective.output_matrices import OuterProducts
 
 
 @final
