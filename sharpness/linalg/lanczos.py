@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sharpness._checks import check_choice, check_count, check_flag, check_positive, check_seed
 from sharpness._progress import check_progress, progress_bar
@@ -15,12 +17,14 @@ from sharpness.errors import ArgumentError, ConvergenceError, ConvergenceWarning
 from sharpness.linalg.answer import OnFailure, answer, check_on_failure
 from sharpness.linalg.confirm import confirm as confirmed
 from sharpness.linalg.operator import LinearOperator, check_operator
+from sharpness.linalg.products import norm
 from sharpness.linalg.rayleigh_ritz import refined
 from sharpness.linalg.search import Found, Goal, Report, Storage, search
 from sharpness.linalg.steps import Domain, Steps, drive
 from sharpness.linalg.which import WHICH, Which, count
 from sharpness.results import EigenResult
 
+_DRAWN = 0.1  # length of the random part of a warm start
 _BASIS_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -36,6 +40,7 @@ def lanczos(
     memory: int | None = None,
     basis_dtype: torch.dtype | None = None,
     basis_device: torch.device | str | None = None,
+    start: Tensor | None = None,
     seed: int = 0,
     progress: bool | None = None,
     on_failure: OnFailure = "warn",
@@ -72,6 +77,10 @@ def lanczos(
         basis_dtype: Dtype in which the basis is kept, no wider than the operator's, which is the default. With a
             narrower one the vectors found are corrected in the operator's dtype until fresh products confirm them.
         basis_device: Where the basis is kept; ``None`` keeps it with the operator.
+        start: ``(n,)`` or ``(m, n)`` vectors near the wanted ones, such as the eigenvectors of an operator like this
+            one. Their sum, with a tenth of its length in a random direction, takes the place of the random vector.
+            That saves products where it is near, and makes it likelier that another eigenvector, of which it holds
+            little, is overlooked; with ``confirm`` it is not.
         seed: Seed of the random starting vectors.
         progress: Show a progress bar; ``None`` shows one on a terminal after two seconds.
         on_failure: What to do when the tolerance is not met, or nothing could be confirmed: ``"warn"``, ``"raise"`` or
@@ -117,6 +126,7 @@ def lanczos(
             memory=memory,
             basis_dtype=basis_dtype,
             basis_device=basis_device,
+            start=start,
             seed=seed,
             on_failure=on_failure,
             report=report,
@@ -136,6 +146,7 @@ def lanczos_steps(
     memory: int | None = None,
     basis_dtype: torch.dtype | None = None,
     basis_device: torch.device | str | None = None,
+    start: Tensor | None = None,
     seed: int = 0,
     on_failure: str = "warn",
     report: Report = lambda residual: None,
@@ -153,6 +164,7 @@ def lanczos_steps(
         memory: See `lanczos`.
         basis_dtype: See `lanczos`.
         basis_device: See `lanczos`.
+        start: See `lanczos`.
         seed: See `lanczos`.
         on_failure: See `lanczos`.
         report: Called with the worst residual after each step.
@@ -168,6 +180,7 @@ def lanczos_steps(
     check_flag("confirm", confirm)
     check_on_failure(on_failure)
     storage = check_storage(domain, goal.wanted, memory, basis_dtype, basis_device)
+    near = None if start is None else _near(domain, start)
     rounds = storage.dtype is not None
     settings = {
         "method": "lanczos",
@@ -175,6 +188,7 @@ def lanczos_steps(
         "k": k,
         "tol": goal.tol,
         "seed": check_seed(seed),
+        "warm_start": start is not None,
         "num_matvecs": num_matvecs,
         "confirm": confirm,
         "basis_rows": storage.rows,
@@ -193,7 +207,24 @@ def lanczos_steps(
                 f"`num_matvecs` must be at least {least} to find {goal.wanted} eigenvalues, got {total}. "
                 f"Pass num_matvecs={least} or more; {20 * goal.wanted} is often enough."
             )
-    return _steps(domain, goal, storage, first, total, confirm, vectors, settings, on_failure, report)
+    return _steps(domain, goal, storage, first, total, confirm, vectors, settings, on_failure, report, near)
+
+
+def _near(domain: Domain, start: Any) -> Tensor:  # -> (n,)
+    """Return the sum of the vectors to start near, of length one."""
+    if not isinstance(start, Tensor) or start.ndim not in (1, 2) or start.shape[-1] != domain.n:
+        given = f"shape {tuple(start.shape)}" if isinstance(start, Tensor) else type(start).__name__
+        raise ArgumentError(
+            f"`start` must be a tensor of shape ({domain.n},) or (m, {domain.n}), got {given}. "
+            "Pass the eigenvectors of a result with vectors=True for the same parameters, or leave it out."
+        )
+    total = start.detach().to(dtype=domain.dtype, device=domain.device).reshape(-1, domain.n).sum(dim=0)
+    length = norm(total)
+    if not (math.isfinite(length) and length > 0):
+        raise ArgumentError(
+            f"`start` must have a finite sum other than zero, got one of length {length}. Leave it out."
+        )
+    return total / length
 
 
 def least_rows(wanted: int) -> int:
@@ -251,11 +282,16 @@ def _steps(
     settings: dict[str, Any],
     on_failure: str,
     report: Report,
+    near: Tensor | None,
 ) -> Steps[EigenResult]:
     """Search, correct, confirm, and report."""
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(settings["seed"])
-    found = yield from _found(domain, goal, storage, generator, first, report)
+    start = None
+    if near is not None:  # what is drawn keeps everything within reach
+        drawn = torch.randn(domain.n, generator=generator, dtype=torch.float64).to(near)
+        start = near + _DRAWN * drawn / norm(drawn)
+    found = yield from _found(domain, goal, storage, generator, first, report, start)
     confirmation, asked = None, confirm and found.accurate(goal.tol)
     spent = found.spent
     if asked:
@@ -292,14 +328,20 @@ def _steps(
 
 
 def _found(
-    domain: Domain, goal: Goal, storage: Storage, generator: torch.Generator, budget: int, report: Report
+    domain: Domain,
+    goal: Goal,
+    storage: Storage,
+    generator: torch.Generator,
+    budget: int,
+    report: Report,
+    start: Tensor | None,
 ) -> Steps[Found]:
     """Return what a search with at most ``budget`` products finds."""
     limit = domain.n if storage.rows is None else budget  # a whole basis leaves nothing to search
     if storage.dtype is None:
-        return (yield from search(domain, goal, storage, generator, min(budget, limit), report))
+        return (yield from search(domain, goal, storage, generator, min(budget, limit), report, start))
     # The rounded basis shows the way; what is reported rests on fresh products of what was found.
-    rough = yield from search(domain, goal, storage, generator, min(budget - goal.wanted, limit), report)
+    rough = yield from search(domain, goal, storage, generator, min(budget - goal.wanted, limit), report, start)
     left = budget - rough.spent
     found = yield from refined(domain, goal, storage, generator, rough.rows, left, rough.scale, report)
     return replace(found, spent=rough.spent + found.spent)

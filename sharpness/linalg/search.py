@@ -81,14 +81,21 @@ class Found:
 
 
 def search(
-    domain: Domain, goal: Goal, storage: Storage, generator: torch.Generator, budget: int, report: Report
+    domain: Domain,
+    goal: Goal,
+    storage: Storage,
+    generator: torch.Generator,
+    budget: int,
+    report: Report,
+    start: Tensor | None = None,
 ) -> Steps[Found]:
     """Search the ends of the spectrum until the wanted pairs are accurate, or the products are spent.
 
-    With a basis that rounds, the residuals are estimates: how far the basis is from orthonormal is left out.
+        The first vector is drawn, unless a ``start`` is given, a part of which must be. With a basis that rounds, the
+    residuals are estimates: how far the basis is from orthonormal is left out.
     """
     n = domain.n
-    space = storage.space(domain, generator, goal)
+    space = storage.space(domain, generator, goal, start=start)
     spare, everything = _SPARE, True
     for step in range(1, budget + 1):
         space.absorb((yield space.request()))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sharpness._checks import check_choice, check_count, check_flag, check_positive, check_writable
 from sharpness.errors import ArgumentError, ConvergenceError
@@ -58,6 +58,7 @@ def top_eigenvalues(
     checkpoint: str | os.PathLike[str] | None = None,
     basis_dtype: torch.dtype | None = None,
     basis_device: torch.device | str | None = None,
+    start: Tensor | None = None,
     batch_loss: BatchLoss | None = None,
     params: ParameterChoice | None = None,
     mode: str = "eval",
@@ -106,6 +107,9 @@ def top_eigenvalues(
         basis_dtype: Dtype that Lanczos keeps its basis in, such as ``torch.bfloat16``; what is reported is then checked
             by fresh products in full precision.
         basis_device: Where Lanczos keeps its basis, such as ``"cpu"`` beside a model on a GPU.
+        start: ``(n,)`` or ``(m, n)`` vectors near the wanted eigenvectors, such as those of this model some steps of
+            training ago: Lanczos takes fewer products, a quarter or so, and is likelier to overlook an eigenvalue that
+            has become the largest since; ``confirm=True`` finds it.
         batch_loss: ``callable(model, batch) -> (loss, weight)`` in place of ``loss_fn``.
         params: Names, globs, a compiled regular expression, or a predicate that choose parameters.
         mode: ``"eval"``, ``"train"`` or ``"as_is"``.
@@ -153,9 +157,12 @@ def top_eigenvalues(
     check_on_failure(on_failure)
     checkpoint = None if checkpoint is None else check_writable("checkpoint", checkpoint)
     num_matvecs = None if num_matvecs is None else check_count("num_matvecs", num_matvecs)
-    for name, given in (("confirm", confirm), ("basis_dtype", basis_dtype), ("basis_device", basis_device)):
-        if given and method != "lanczos":
+    for_lanczos = {"confirm": confirm, "basis_dtype": basis_dtype, "basis_device": basis_device, "start": start}
+    for name, given in for_lanczos.items():
+        if given is not None and given is not False and method != "lanczos":
             raise ArgumentError(f'`{name}` is for method="lanczos", got method={method!r}. Leave one of the two out.')
+    if start is not None and checkpoint is not None:
+        raise ArgumentError("`start` and `checkpoint` exclude each other: a file knows no vectors. Leave one out.")
     objective = open_objective(model, loader, loss_fn, locals())
     k = check_count("k", k, high=objective.n, of="the number of parameters")
     objective.require(kind)
@@ -187,7 +194,7 @@ def top_eigenvalues(
             basis_device=basis_device,
             resumable=checkpoint is not None,
         )
-        asked |= {"confirm": confirm, "memory": plan.memory, "basis_dtype": basis_dtype, "basis_device": basis_device}
+        asked |= {"memory": plan.memory, **for_lanczos}
 
     def completed(result: EigenResult) -> EigenResult:
         bracket = None
@@ -218,7 +225,7 @@ def top_eigenvalues(
                 operator, seed=objective.seed, **asked
             )  # not run: refuses what it must before data are walked
         if checkpoint is not None:
-            own = {name: value for name, value in asked.items() if name not in ("on_failure", "memory")}
+            own = {name: value for name, value in asked.items() if name not in ("on_failure", "memory", "start")}
             identity = {**objective.fingerprint(), "curvature": curvature, "method": method, **_plain(own)}
             operator = RecordedOperator(operator, checkpoint, identity)
         try:

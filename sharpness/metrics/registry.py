@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 from sharpness._checks import nearest
 from sharpness.errors import ArgumentError
@@ -60,7 +61,20 @@ def find_metric(metric: Any) -> tuple[str, Callable[..., Any]]:
     )
 
 
-def metric_calls(metrics: Any, default: Sequence[Any]) -> dict[str, Callable[[Objective, str], Record]]:
+@final
+@dataclass(frozen=True)
+class Call:
+    """A metric with its options, to be measured of any objective."""
+
+    function: Callable[..., Record]
+    options: Mapping[str, Any]
+
+    def __call__(self, objective: Objective, on_failure: str, **more: Any) -> Record:
+        """Measure, with ``more`` options than were asked for."""
+        return self.function(objective, **{"on_failure": on_failure, **self.options, **more})
+
+
+def metric_calls(metrics: Any, default: Sequence[Any]) -> dict[str, Call]:
     """Return the metrics by the names they get in an answer: with their options where one is asked for twice.
 
     Args:
@@ -93,14 +107,11 @@ def metric_calls(metrics: Any, default: Sequence[Any]) -> dict[str, Callable[[Ob
                 )
     names = [name for name, _ in pairs]
 
-    def bind(function: Callable[..., Record], given: Mapping[str, Any]) -> Callable[[Objective, str], Record]:
-        return lambda objective, on_failure: function(objective, **{"on_failure": on_failure, **given})
-
-    calls: dict[str, Callable[[Objective, str], Record]] = {}
+    calls: dict[str, Call] = {}
     for name, given in pairs:
         chosen = ", ".join(f"{key}={value!r}" for key, value in given.items())
         key = f"{name}({chosen})" if names.count(name) > 1 and chosen else name
         if key in calls:
             raise ArgumentError(f"`metrics` asks for {key} twice. Give the two different options, or leave one out.")
-        calls[key] = bind(METRICS[name], given)
+        calls[key] = Call(METRICS[name], given)
     return calls

@@ -367,3 +367,30 @@ def test_the_spectrum_is_tracked_like_any_metric():
     for name in ("trace", "frobenius_norm", "spectral_density"):
         low, high = found.intervals[name][0].tolist()
         assert low <= found.metrics[name].item() <= high
+
+
+def test_a_warm_start_saves_passes_and_measures_the_same():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 30), nn.Tanh(), nn.Linear(30, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trackers = [SharpnessTracker(DATA, every=2, warm_start=warm, metrics=["top_eigenvalues"]) for warm in (False, True)]
+    for _ in range(8):
+        optimizer.zero_grad()
+        sum(nn.functional.cross_entropy(model(x), y) for x, y in DATA).backward()
+        optimizer.step()
+        with assert_untouched(model):
+            for tracker in trackers:
+                tracker.step(model, optimizer)
+    cold, warm = (tracker.result for tracker in trackers)
+    assert warm.num_passes < cold.num_passes
+    torch.testing.assert_close(warm.metrics["top_eigenvalues"], cold.metrics["top_eigenvalues"], rtol=1e-3, atol=0)
+    assert (cold.settings["warm_start"], warm.settings["warm_start"]) == (False, True)
+
+
+def test_a_warm_start_is_for_lanczos_alone():
+    other = [("top_eigenvalues", {"method": "power", "num_matvecs": 30}), "gradient_noise_scale"]
+    tracker = SharpnessTracker(DATA, warm_start=True, metrics=other, on_failure="ignore")
+    model = nn.Linear(3, 3)
+    for _ in range(2):
+        tracker.step(model)
+    assert torch.isfinite(tracker.result.metrics["top_eigenvalues"]).all()

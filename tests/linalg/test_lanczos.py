@@ -247,3 +247,39 @@ def test_bad_options_are_named(method):
         method(operator, 3, num_matvecs=2)
     with pytest.raises(ArgumentError, match="`on_failure` must be one of 'warn', 'raise', 'ignore'"):
         method(operator, on_failure="stop")
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_start_near_the_answer_saves_products_and_gives_the_same_answer(k):
+    matrix = rotated(torch.logspace(1, -4, 200, base=10.0, dtype=torch.float64))
+    near = matrix + 1e-3 * rotated(torch.linspace(-1, 1, 200, dtype=torch.float64), seed=5)
+    before = lanczos(DenseOperator(matrix), k, vectors=True)
+    cold, warm = (lanczos(DenseOperator(near), k, start=s) for s in (None, before.eigenvectors))
+    assert warm.num_matvecs < cold.num_matvecs
+    exact = torch.linalg.eigvalsh(near).flip(0)[:k]
+    assert warm.converged
+    torch.testing.assert_close(warm.eigenvalues, exact, rtol=1e-3, atol=0)
+    assert contains(warm.interval, exact)
+    assert (cold.settings["warm_start"], warm.settings["warm_start"]) == (False, True)
+
+
+def test_what_a_warm_start_overlooks_is_found_by_a_confirmation():
+    """The old top eigenvector converges at once; of the one that has overtaken it the start holds next to nothing."""
+    spectrum = torch.cat([torch.tensor([11.0, 10.0]), torch.linspace(1e-3, 0, 3000)]).double()
+    operator = FunctionOperator(lambda v: spectrum * v, n=len(spectrum), dtype=torch.float64)
+    old = torch.eye(1, len(spectrum), dtype=torch.float64).roll(1, dims=1)
+    overlooked = lanczos(operator, start=old, tol=0.05)
+    assert overlooked.eigenvalues.item() == pytest.approx(10.0, rel=1e-2)
+    assert lanczos(operator, start=old, tol=0.05, confirm=True).eigenvalues.item() == pytest.approx(11.0, rel=1e-2)
+
+
+@pytest.mark.parametrize("start", [torch.ones(4), torch.ones(2, 2, 3), [1.0, 0.0, 0.0]])
+def test_a_start_of_another_size_is_refused(start):
+    with pytest.raises(ArgumentError, match=r"`start` must be a tensor of shape \(3,\) or \(m, 3\), got"):
+        lanczos(DenseOperator(torch.eye(3)), start=start)
+
+
+@pytest.mark.parametrize("start", [torch.zeros(3), torch.tensor([1.0, torch.nan, 0.0])])
+def test_a_start_of_no_length_is_refused(start):
+    with pytest.raises(ArgumentError, match="`start` must have a finite sum other than zero"):
+        lanczos(DenseOperator(torch.eye(3)), start=start)

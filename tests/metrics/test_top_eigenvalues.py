@@ -281,3 +281,15 @@ def test_what_pyhessian_cannot_do_is_refused():
     problem = tanh_net()
     with assert_untouched(problem.model), pytest.raises(ModelError, match="PyHessian failed on this model"):
         sharpness.top_eigenvalues(problem.model, problem.loader, **ask)  # an unused parameter
+
+
+def test_a_start_is_for_lanczos_and_not_for_a_file(tmp_path):
+    model, data = nn.Linear(2, 1, bias=False), [(torch.eye(2), torch.zeros(2, 1))]
+    near = sharpness.top_eigenvalues(model, data, vectors=True).eigenvectors
+    assert sharpness.top_eigenvalues(model, data, start=near).settings["warm_start"]
+    with pytest.raises(ArgumentError, match='`start` is for method="lanczos", got method=.power'):
+        sharpness.top_eigenvalues(model, data, start=near, method="power")
+    with pytest.raises(ArgumentError, match="`start` and `checkpoint` exclude each other"):
+        sharpness.top_eigenvalues(model, data, start=near, checkpoint=tmp_path / "file")
+    with pytest.raises(ArgumentError, match=r"`start` must be a tensor of shape \(2,\)"):
+        sharpness.top_eigenvalues(model, data, start=torch.ones(3))
