@@ -1,38 +1,26 @@
-"""What Lanczos costs beyond the products it cannot do without.
+"""Products that Lanczos spends past the first step at which a dense check of the Ritz pairs would have accepted them.
 
-    python -m benchmarks.lanczos_overhead [--model mlp|resnet20] [--repeat N] [--patience SECONDS] [--json FILE]
+    python -m benchmarks.lanczos_overhead [--json FILE]
 
-First, the share of the time of a top-5 run on a network that is not spent in products. Second, the products spent past
-the first step at which a dense check of the Ritz pairs would have accepted them, on matrices with known spectra.
+On matrices with known spectra; where the time of a run on a network goes is told by `benchmarks.profile`.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
-import statistics
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 from tabulate import tabulate
 from torch import Tensor
-from torch.nn import functional
 
-import sharpness
-from benchmarks.machine import Clock, environment
-from benchmarks.methods import TOL, K
-from benchmarks.models import PROBLEMS, Problem
-from sharpness import HessianOperator, Objective
+from benchmarks.machine import environment
 from sharpness.linalg import DenseOperator, lanczos
 from sharpness.linalg.krylov import KrylovSpace
 from sharpness.linalg.which import select
@@ -41,92 +29,8 @@ _SEEDS = range(3)
 _SIZES = (200, 500, 1000)
 _WANTED = (1, 5, 10)
 _TOLS = (1e-3, 1e-6)
-_PARTS = ("basis", "tridiagonal", "vectors", "check", "rounding")  # of a run, beside its products
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-
-
-def shares(problem: Problem, repeat: int, clock: Clock) -> dict[str, Any]:
-    """Return which parts of a top-5 run take which share of its time; medians over ``repeat`` runs."""
-    runs = []
-    for _ in range(repeat):
-        (result, spent), timing = clock.time(lambda: _instrumented(problem))
-        total, products = timing.seconds, spent["products"]
-        runs.append(
-            {
-                "seconds": total,
-                "num_matvecs": result.num_matvecs,
-                "products": products / total,
-                "basis": spent["basis"] / total,
-                "tridiagonal": spent["ritz"] / total,
-                "vectors": spent["vectors"] / total,
-                "check": spent["check"] / total,
-                "rounding": spent["rounding"] / total,
-                "overhead": 1 - products / total,
-                "others": timing.others,
-            }
-        )
-    median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-    median["rest"] = median["overhead"] - sum(median[key] for key in _PARTS)
-    return {"model": problem.name, "images": problem.num_samples, **median, "runs": runs}
-
-
-def _instrumented(problem: Problem) -> tuple[sharpness.EigenResult, Counter[str]]:
-    """Return the result of a top-5 run and the seconds spent in its parts."""
-    spent: Counter[str] = Counter()
-    with (
-        _stopwatch(HessianOperator, "_matvec", "products", spent),
-        _stopwatch(KrylovSpace, "request", "basis", spent),
-        _stopwatch(KrylovSpace, "absorb", "basis", spent),
-        _stopwatch(KrylovSpace, "ritz", "ritz", spent),
-        _stopwatch(KrylovSpace, "vectors", "vectors", spent),
-        _stopwatch(Objective, "check", "check", spent),
-        _stopwatch(HessianOperator, "product_error", "rounding", spent),
-    ):
-        result = sharpness.top_eigenvalues(
-            problem.model, problem.loader, functional.cross_entropy, k=K, tol=TOL, vectors=True, progress=False
-        )
-    return result, spent
-
-
-@contextmanager
-def _stopwatch(owner: type, name: str, part: str, spent: Counter[str]) -> Iterator[None]:
-    """Add the seconds that the method ``name`` of ``owner`` takes to ``spent[part]``."""
-    inner: Callable[..., Any] = getattr(owner, name)
-
-    @functools.wraps(inner)
-    def timed(*args: Any, **options: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return inner(*args, **options)
-        finally:
-            spent[part] += time.perf_counter() - started
-
-    with mock.patch.object(owner, name, timed):
-        yield
-
-
-def bare_product(problem: Problem, repeat: int = 3) -> float:
-    """Return the time of the library's product over that of its calls of autograd alone; median of paired runs."""
-    objective = Objective(problem.model, problem.loader, functional.cross_entropy, progress=False)
-    v = torch.randn(objective.n, generator=torch.Generator().manual_seed(0))
-    parameters = list(problem.model.parameters())
-    gradients = []
-    for inputs, targets in problem.loader:
-        loss = functional.cross_entropy(problem.model(inputs), targets)
-        gradients.append(torch.autograd.grad(loss, parameters, create_graph=True))
-    pieces = objective.parameters.split(v)
-    ratios = []
-    with objective.session():
-        objective.hvp(v)
-        for _ in range(repeat + 1):
-            started = time.perf_counter()
-            for gradient in gradients:
-                torch.autograd.grad(gradient, parameters, pieces, retain_graph=True)
-            between = time.perf_counter()
-            objective.hvp(v)
-            ratios.append((time.perf_counter() - between) / (between - started))
-    return statistics.median(ratios[1:])
 
 
 def spectra(n: int, rng: np.random.Generator) -> dict[str, Floats]:
@@ -212,32 +116,6 @@ def excess_table() -> list[dict[str, Any]]:
     return rows
 
 
-def _print_shares(found: list[dict[str, Any]]) -> None:
-    headers = [
-        "network",
-        "images",
-        "products",
-        "not in products",
-        "basis",
-        "tridiagonal",
-        "Ritz vectors",
-        "same loss twice",
-        "rounding",
-    ]
-    headers += ["rest", "product / autograd alone"]
-    lines = [
-        [
-            row["model"],
-            row["images"],
-            row["num_matvecs"],
-            *(f"{100 * row[part]:.1f} %" for part in ("overhead", *_PARTS, "rest")),
-            f"{row['product_over_autograd']:.2f}",
-        ]
-        for row in found
-    ]
-    print(tabulate(lines, headers=headers, disable_numparse=True))
-
-
 def _print_excess(rows: list[dict[str, Any]]) -> None:
     headers = ["spectrum", "n", "k", "tol", "first acceptable step", "products spent", "value error / tol"]
     lines = [
@@ -266,25 +144,13 @@ def _counts(counter: Counter[int]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What Lanczos costs beyond its products.")
-    parser.add_argument("--model", choices=sorted(PROBLEMS), help="one network instead of both")
-    parser.add_argument("--repeat", type=int, default=3, help="how often each network is measured (default 3)")
-    parser.add_argument(
-        "--patience", type=float, default=0.0, help="seconds to spend on waiting for a quiet machine (default 0)"
-    )
+    parser = argparse.ArgumentParser(description="Products that Lanczos spends past the first step that would do.")
     parser.add_argument("--json", type=Path, help="write the numbers and the environment to this file")
     options = parser.parse_args()
-    clock, found = Clock(options.patience), []
-    for name in [options.model] if options.model else sorted(PROBLEMS):
-        problem = PROBLEMS[name]()
-        print(problem, flush=True)
-        _instrumented(problem)  # pays for what is only paid once
-        found.append({**shares(problem, options.repeat, clock), "product_over_autograd": bare_product(problem)})
-    _print_shares(found)
     rows = excess_table()
     _print_excess(rows)
     if options.json:
-        document = {"environment": environment(), "shares": found, "excess": rows}
+        document = {"environment": environment(), "excess": rows}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
         print(f"numbers: {options.json}")
 

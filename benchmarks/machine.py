@@ -1,4 +1,4 @@
-"""What the numbers were measured on, and a clock that notices when other processes had the processors."""
+"""What the numbers were measured on, a clock that notices other processes, and the peak of live bytes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,23 @@ import gc
 import os
 import platform
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch._C._profiler import RecordScope, _ExperimentalConfig
+from torch.autograd import (
+    ProfilerActivity,
+    ProfilerConfig,
+    ProfilerState,
+    _disable_profiler,
+    _enable_profiler,
+    _prepare_profiler,
+)
 
 _LIBRARIES = ("sharpness", "torch", "numpy", "scipy", "pyhessian", "hessian-eigenthings", "curvlinops-for-pytorch")
 _QUIET = 0.1  # share of the processors that other processes may take from a run that counts as undisturbed
@@ -27,8 +37,16 @@ def environment() -> dict[str, Any]:
         "architecture": platform.machine(),
         "cpus": cpus(),
         "torch_threads": torch.get_num_threads(),
-        **{name: version(name) for name in _LIBRARIES},
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **{name: _version(name) for name in _LIBRARIES},
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def cpus() -> int:
@@ -82,11 +100,55 @@ class Clock:
 def timed(function: Callable[[], T]) -> tuple[T, Timing]:
     """Call ``function`` and return its answer and its timing."""
     gc.collect()
+    _synchronize()
     busy, own, started = _busy_seconds(), time.process_time(), time.perf_counter()
     answer = function()
+    _synchronize()
     seconds = time.perf_counter() - started
     others = (_busy_seconds() - busy) - (time.process_time() - own)
     return answer, Timing(seconds, max(others, 0.0) / (seconds * cpus()))
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """Return the largest number of bytes that were live at once while ``function`` ran, beyond those before.
+
+    On the CPU the allocator's own events are added up (PyTorch's profiler), on a GPU it counts by itself. The peak of
+    what NumPy, SciPy and Python hold is added: too much only if they hold it at another time, unlike ARPACK its basis.
+    """
+    gc.collect()
+    tracemalloc.start()
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            answer = function()
+            return torch.cuda.max_memory_allocated() - before + tracemalloc.get_traced_memory()[1]
+        _listen()
+        try:
+            answer = function()  # noqa: F841 - alive to the end, as for a user
+            arrays = tracemalloc.get_traced_memory()[1]
+        finally:
+            events = _disable_profiler().events()
+    finally:
+        tracemalloc.stop()
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak + arrays
+
+
+def _listen() -> None:
+    """Record what the allocator does and no operations, which would be many times as much."""
+    only_memory = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
+    _prepare_profiler(only_memory, {ProfilerActivity.CPU})
+    _enable_profiler(only_memory, {ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _busy_seconds() -> float:

@@ -1,4 +1,4 @@
-"""Two trained networks on the digits of the package, made anew in each run: nothing is downloaded, nothing is cached.
+"""Three trained networks on the digits of the package, made anew in each run: nothing is downloaded.
 
 The training is short and deterministic. What is measured is the training data, in batches of which the last is smaller.
 """
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sharpness.datasets import digits
+from tests.real.models import Block as ProjectionBlock
 
 Batch = tuple[Tensor, Tensor]
 
@@ -30,6 +31,7 @@ class Problem:
         loss: Cross-entropy on the data after training.
         accuracy: Share of the data that is classified correctly after training.
         seconds: Wall time of the training.
+        separable: Whether the loss is a mean over samples, so that the data can be given as one batch too.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Problem:
     loss: float
     accuracy: float
     seconds: float
+    separable: bool = True
 
     @property
     def num_parameters(self) -> int:
@@ -45,8 +48,13 @@ class Problem:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     @property
+    def device(self) -> torch.device:
+        """Return where the network is."""
+        return next(self.model.parameters()).device
+
+    @property
     def num_samples(self) -> int:
-        """Return the number of images."""
+        """Return the number of images or sequences."""
         return sum(len(targets) for _, targets in self.loader)
 
     @property
@@ -58,24 +66,31 @@ class Problem:
     def __str__(self) -> str:
         sizes = [len(targets) for _, targets in self.loader]
         return (
-            f"{self.name}: {self.num_parameters:,} parameters, {self.num_samples} images in {len(sizes)} batches "
+            f"{self.name}: {self.num_parameters:,} parameters, {self.num_samples} samples in {len(sizes)} batches "
             f"({sizes[0]}, the last {sizes[-1]}); training loss {self.loss:.1e}, accuracy {100 * self.accuracy:.1f} %, "
             f"trained in {self.seconds:.0f} s"
         )
 
 
-def mlp() -> Problem:
+def mlp(num_images: int = 1797, width: int = 512, batch_size: int = 250, epochs: int = 12) -> Problem:
     """Return F1 of Keskar et al. (2017) without its BatchNorm: 784 - 5 x 512 - 10, ReLU, on all 1797 digits.
 
     The 8x8 images are scaled to 28x28, for which the network was made.
     """
-    return _trained("mlp", _make_mlp, images(1797, size=28).flatten(1), batch_size=250, epochs=12, train_batch_size=64)
+    inputs = images(num_images, size=28).flatten(1)
+    return _trained("mlp", lambda: _make_mlp(width), inputs, batch_size=batch_size, epochs=epochs, train_batch_size=64)
 
 
-def resnet20(num_images: int = 256) -> Problem:
+def resnet20(num_images: int = 256, batch_size: int = 100, epochs: int = 20) -> Problem:
     """Return ResNet-20 for small images (He et al. 2016, section 4.2) on digits scaled to 32x32 with three channels."""
     inputs = images(num_images, size=32).expand(-1, 3, -1, -1).contiguous()
-    return _trained("resnet20", ResNet20, inputs, batch_size=100, epochs=20, train_batch_size=32)
+    return _trained("resnet20", ResNet20, inputs, batch_size=batch_size, epochs=epochs, train_batch_size=32)
+
+
+def resnet18(num_images: int = 40, batch_size: int = 16, epochs: int = 15) -> Problem:
+    """Return ResNet-18 as it is used on 32x32 images, without pooling in front, on few digits."""
+    inputs = images(num_images, size=32).expand(-1, 3, -1, -1).contiguous()
+    return _trained("resnet18", ResNet18, inputs, batch_size=batch_size, epochs=epochs, train_batch_size=8)
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {"mlp": mlp, "resnet20": resnet20}
@@ -126,10 +141,25 @@ class Block(nn.Module):
         return functional.relu(self.second(functional.relu(self.first(x))) + shortcut)
 
 
-def _make_mlp() -> nn.Module:
-    widths = [784, *[512] * 5]
+class ResNet18(nn.Module):
+    """ResNet-18: four stages of two blocks with 64, 128, 256 and 512 channels, shortcuts that are projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+        widths = [64, 64, 64, 128, 128, 256, 256, 512, 512]
+        self.blocks = nn.Sequential(*(ProjectionBlock(a, b) for a, b in itertools.pairwise(widths)))
+        self.head = nn.Linear(512, 10)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, 3, 32, 32) -> (batch, 10)
+        """Return the logits."""
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def _make_mlp(width: int) -> nn.Module:
+    widths = [784, *[width] * 5]
     hidden = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*hidden, nn.Linear(512, 10))
+    return nn.Sequential(*hidden, nn.Linear(width, 10))
 
 
 def _trained(
@@ -137,6 +167,7 @@ def _trained(
 ) -> Problem:
     """Train with Adam, the learning rate falling to zero; the same weights in each run on the same machine."""
     targets = labels(len(inputs))
+    train_batch_size = min(train_batch_size, len(inputs))
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
